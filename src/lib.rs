@@ -1,0 +1,3 @@
+//! Farshore keeps DynamoDB tables alive in a second region.
+#[cfg(feature = "embedded")]
+pub mod embedded;
