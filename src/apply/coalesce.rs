@@ -199,27 +199,30 @@ impl Window {
         ops
     }
 
-    /// The write of `op` is durable. Returns how many earlier changes of its key it coalesced.
-    pub fn applied(&mut self, op: &Op) -> usize {
+    /// The write of `op` is durable. Returns the changes that this finished: `op` itself last, and
+    /// before it those of its key that it coalesced.
+    pub fn applied(&mut self, op: &Op) -> Vec<Arc<Change>> {
         let key = &op.change.key;
         let Some(queue) = self.keys.get_mut(key) else {
-            return 0;
+            return Vec::new();
         };
         queue.in_flight = None;
-        let mut done = Vec::new();
+        let mut finished = Vec::new();
+        let mut slots = Vec::new();
         queue.entries.retain(|entry| {
             // A poison change before it stays until it is dead-lettered.
-            let finished = entry.slot <= op.slot && !entry.poison;
-            if finished {
-                done.push(entry.slot);
+            let is_finished = entry.slot <= op.slot && !entry.poison;
+            if is_finished {
+                slots.push(entry.slot);
+                finished.push(Arc::clone(&entry.change));
             }
-            !finished
+            !is_finished
         });
-        for slot in &done {
-            self.done(*slot);
+        for slot in slots {
+            self.done(slot);
         }
         self.list(key);
-        done.len().saturating_sub(1)
+        finished
     }
 
     /// The write of `op` did not happen, or nobody knows: it is sent again, or a newer change of

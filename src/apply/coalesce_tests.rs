@@ -35,7 +35,7 @@ fn only_the_last_change_of_a_key_is_written() {
     }
     let ops = window.take(25);
     assert_eq!(sequences(&ops), [3, 2]);
-    assert_eq!(window.applied(&ops[0]), 1);
+    assert_eq!(window.applied(&ops[0]).len(), 2);
     assert_eq!(durable(&window), 1, "2 is not durable yet");
     window.applied(&ops[1]);
     assert_eq!(durable(&window), 3);
@@ -70,7 +70,7 @@ fn a_newer_change_never_replaces_one_in_flight() {
         [2],
         "returned, so the newer one replaces it"
     );
-    assert_eq!(window.applied(&again[0]), 1);
+    assert_eq!(window.applied(&again[0]).len(), 2);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod item;
 pub mod json;
+pub mod table;
 pub mod value;
 
 use std::collections::BTreeMap;

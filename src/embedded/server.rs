@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dynoxide::Database;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -46,7 +46,7 @@ impl EmbeddedServer {
 
     async fn serve(address: SocketAddr, database: Database) -> Result<Self, StartError> {
         let listen = |source| StartError::Listen { address, source };
-        let listener = TcpListener::bind(address).await.map_err(listen)?;
+        let listener = listen_on(address).map_err(listen)?;
         let bound = listener.local_addr().map_err(listen)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let served = database.clone();
@@ -103,6 +103,19 @@ impl Drop for EmbeddedServer {
     fn drop(&mut self) {
         self.stop.take();
     }
+}
+
+/// Listens without Nagle's algorithm: accepted connections inherit the setting, and with it on
+/// every answer would wait for the client's delayed acknowledgement.
+fn listen_on(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_nodelay(true)?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(1024)
 }
 
 /// Opens an in-memory database with the indexes that dynoxide 3.2 lacks: without them its stream

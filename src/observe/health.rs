@@ -223,6 +223,12 @@ impl Health {
             .is_none_or(|at| at.elapsed() < HEARTBEAT_LIMIT)
     }
 
+    /// Whether the worker is under way: its main loop has come round, and every table is followed.
+    pub fn is_following(&self) -> bool {
+        let state = self.state();
+        state.heartbeat.is_some() && state.starting.is_empty()
+    }
+
     /// Why the worker is not ready; empty when it is.
     pub fn reasons(&self) -> Vec<Reason> {
         let state = self.state();
