@@ -154,7 +154,7 @@ fn start_logging(format: LogFormat, quiet: bool) {
     let filter = EnvFilter::try_from_env("FARSHORE_LOG").unwrap_or_else(|_| {
         // What the SDK and the embedded server say of refused calls is said better by our errors.
         EnvFilter::new(format!(
-            "{default},aws_config=error,aws_runtime=error,aws_smithy_runtime=error"
+            "{default},aws_config=error,aws_runtime=error,aws_smithy_runtime=error,dynoxide=error"
         ))
     });
     let logging = tracing_subscriber::fmt()

@@ -58,7 +58,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     } else {
         answer(&as_text(&loaded, &found))?;
     }
-    let needs_person = !found.gaps.is_empty() || found.open().any(|row| row.lease_owner.is_none());
+    let needs_person = !found.gaps.is_empty() || found.orphans().next().is_some();
     Ok(if needs_person {
         Exit::Remains
     } else {
@@ -70,6 +70,18 @@ impl Found {
     /// Shards that are not applied to their end.
     fn open(&self) -> impl Iterator<Item = &ShardRow> {
         self.shards.iter().filter(|row| !row.is_finished())
+    }
+
+    /// Open shards that nobody owns although nothing holds them back. A child waits for its
+    /// parent without an owner, and rightly so.
+    fn orphans(&self) -> impl Iterator<Item = &ShardRow> {
+        self.open().filter(|row| {
+            let waits = self.open().any(|parent| {
+                parent.stream_arn == row.stream_arn
+                    && row.parent_shard_id.contains(&parent.shard_id)
+            });
+            row.lease_owner.is_none() && !waits
+        })
     }
 }
 
