@@ -165,7 +165,7 @@ pub async fn write(dynamo: &Dynamo, table: &str, prefix: &str, keys: u64, rounds
     history
 }
 
-/// What a walk through a stream found, in the order in which it was found.
+/// A walk through a stream: what it found, in the order in which it was found, and where it is.
 #[derive(Debug, Default)]
 pub struct Walk {
     pub records: Vec<Record>,
@@ -175,6 +175,7 @@ pub struct Walk {
     /// Pages that carried records and no next iterator.
     pub last_pages_with_records: usize,
     pub empty_pages: usize,
+    iterators: HashMap<String, String>,
 }
 
 impl Walk {
@@ -234,35 +235,24 @@ pub async fn iterator(
     answer.shard_iterator.unwrap()
 }
 
-/// Walks a stream, parents before children, until `done` says so.
-pub async fn walk_until(streams: &Streams, arn: &str, done: impl Fn(&Walk) -> bool) -> Walk {
-    let mut walk = Walk::default();
-    let mut iterators: HashMap<String, String> = HashMap::new();
-    let start = Instant::now();
-    while !done(&walk) {
-        let spent = start.elapsed();
-        assert!(
-            spent < PATIENCE,
-            "{} records, {:?}",
-            walk.records.len(),
-            walk.finished
-        );
+impl Walk {
+    /// One round: a listing, and a page of every shard whose parent is finished.
+    pub async fn round(&mut self, streams: &Streams, arn: &str) {
         for shard in listing(streams, arn).await {
-            walk.shards.insert(shard.shard_id.clone().unwrap(), shard);
+            self.shards.insert(shard.shard_id.clone().unwrap(), shard);
         }
         let mut ready: Vec<String> = Vec::new();
-        for (id, shard) in &walk.shards {
-            let parent = shard.parent_shard_id();
-            let waits = parent.is_some_and(|parent| {
-                walk.shards.contains_key(parent) && !walk.finished.contains(parent)
+        for (id, shard) in &self.shards {
+            let waits = shard.parent_shard_id().is_some_and(|parent| {
+                self.shards.contains_key(parent) && !self.finished.contains(parent)
             });
-            if !waits && !walk.finished.contains(id) {
+            if !waits && !self.finished.contains(id) {
                 ready.push(id.clone());
             }
         }
         ready.sort();
         for id in ready {
-            let at = match iterators.remove(&id) {
+            let at = match self.iterators.remove(&id) {
                 Some(at) => at,
                 None => iterator(streams, arn, &id, ShardIteratorType::TrimHorizon).await,
             };
@@ -273,35 +263,50 @@ pub async fn walk_until(streams: &Streams, arn: &str, done: impl Fn(&Walk) -> bo
                 .await
                 .unwrap();
             let records = page.records.unwrap_or_default();
-            walk.pages += 1;
-            walk.empty_pages += usize::from(records.is_empty());
+            self.pages += 1;
+            self.empty_pages += usize::from(records.is_empty());
             match page.next_shard_iterator {
                 Some(next) => {
-                    iterators.insert(id, next);
+                    self.iterators.insert(id, next);
                 }
                 None => {
-                    walk.last_pages_with_records += usize::from(!records.is_empty());
-                    walk.finished.insert(id);
+                    self.last_pages_with_records += usize::from(!records.is_empty());
+                    self.finished.insert(id);
                 }
             }
-            walk.records.extend(records);
+            self.records.extend(records);
         }
     }
+
+    /// Goes on until it has found so many records, and a little further, to see that there are
+    /// no more.
+    pub async fn reach(&mut self, streams: &Streams, arn: &str, count: usize) {
+        let (start, mut rest) = (Instant::now(), 3);
+        while rest > 0 {
+            let found = self.records.len();
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{found} records of {count}, {:?}",
+                self.finished
+            );
+            self.round(streams, arn).await;
+            if self.records.len() >= count {
+                rest -= 1;
+            }
+        }
+    }
+}
+
+/// Walks until as many records were found as a history holds.
+pub async fn walk(streams: &Streams, arn: &str, expected: &History) -> Walk {
+    let mut walk = Walk::default();
+    walk.reach(streams, arn, changes(expected)).await;
     walk
 }
 
-/// Walks until as many records were found as a history holds, and a little further to see that
-/// there are no more.
-pub async fn walk(streams: &Streams, arn: &str, expected: &History) -> Walk {
-    let count: usize = expected.values().map(Vec::len).sum();
-    let rest = std::cell::Cell::new(3);
-    walk_until(streams, arn, |walk| {
-        if walk.records.len() >= count {
-            rest.set(rest.get() - 1);
-        }
-        rest.get() == 0
-    })
-    .await
+/// How many records a history makes.
+pub fn changes(history: &History) -> usize {
+    history.values().map(Vec::len).sum()
 }
 
 /// A history without the keys that never changed.
@@ -310,4 +315,27 @@ pub fn tidy(history: History) -> History {
         .into_iter()
         .filter(|(_, versions)| !versions.is_empty())
         .collect()
+}
+
+/// Sequence numbers as integers of any size: without leading zeros, by length, then by digits.
+pub fn as_integer(number: &str) -> (usize, String) {
+    let digits = number.trim_start_matches('0');
+    (digits.len(), digits.to_owned())
+}
+
+pub fn sequence(record: &Record) -> String {
+    record
+        .dynamodb()
+        .unwrap()
+        .sequence_number()
+        .unwrap()
+        .to_owned()
+}
+
+/// The partition key of a record.
+pub fn pk(record: &Record) -> String {
+    record.dynamodb().unwrap().keys().unwrap()["pk"]
+        .as_s()
+        .unwrap()
+        .clone()
 }
