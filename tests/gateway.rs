@@ -59,8 +59,8 @@ async fn a_walk_that_keeps_up_loses_nothing_to_trimming() {
     for phase in 0..4 {
         expected.extend(write(&dynamo, "orders", &format!("p{phase}"), 30, 3).await);
         gateway.rotate_all("orders").unwrap();
-        let open = gateway.shards("orders").into_iter().filter(|s| s.open);
-        let one = open.last().unwrap();
+        let mut open = gateway.shards("orders").into_iter().filter(|s| s.open);
+        let one = open.next_back().unwrap();
         gateway.split("orders", &one.id).unwrap();
         walk.reach(&streams, &arn, changes(&expected)).await;
         gateway.advance(MINUTE + Duration::from_secs(1));

@@ -176,7 +176,12 @@ pub struct Walk {
     pub last_pages_with_records: usize,
     pub empty_pages: usize,
     iterators: HashMap<String, String>,
+    /// How many listings lacked a parent that a child names.
+    absent: HashMap<String, usize>,
 }
+
+/// A parent that so many listings lack is trimmed, not just missed.
+const ABSENCES: usize = 2;
 
 impl Walk {
     /// The history its records tell; panics where a record contradicts the one before it.
@@ -241,10 +246,23 @@ impl Walk {
         for shard in listing(streams, arn).await {
             self.shards.insert(shard.shard_id.clone().unwrap(), shard);
         }
+        let parents = self
+            .shards
+            .values()
+            .filter_map(|shard| shard.parent_shard_id());
+        let unknown: HashSet<String> = parents
+            .filter(|parent| !self.shards.contains_key(*parent))
+            .map(str::to_owned)
+            .collect();
+        for parent in unknown {
+            *self.absent.entry(parent).or_default() += 1;
+        }
         let mut ready: Vec<String> = Vec::new();
         for (id, shard) in &self.shards {
             let waits = shard.parent_shard_id().is_some_and(|parent| {
-                self.shards.contains_key(parent) && !self.finished.contains(parent)
+                let absences = self.absent.get(parent).copied().unwrap_or_default();
+                let trimmed = !self.shards.contains_key(parent) && absences >= ABSENCES;
+                !trimmed && !self.finished.contains(parent)
             });
             if !waits && !self.finished.contains(id) {
                 ready.push(id.clone());
