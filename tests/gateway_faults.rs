@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::error::ProvideErrorMetadata;
 use aws_sdk_dynamodb::operation::batch_write_item::BatchWriteItemOutput;
-use aws_sdk_dynamodb::types::{Put, TransactWriteItem};
+use aws_sdk_dynamodb::operation::get_item::GetItemError;
+use aws_sdk_dynamodb::operation::put_item::PutItemError;
+use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
+use aws_sdk_dynamodb::types::{KeysAndAttributes, Put, TransactWriteItem};
 use aws_sdk_dynamodbstreams::types::{Shard, ShardFilter, ShardFilterType, ShardIteratorType};
 use farshore::embedded::gateway::{Fault, Gateway, Limit, Options, Outage, Outcome};
 use gateway_support::*;
@@ -80,8 +83,7 @@ async fn a_throttled_write_names_the_limit_in_its_reasons() {
         gateway.inject(Fault::throttle(limit).once());
         let put = dynamo.put_item().table_name("orders").item("pk", s("a"));
         let error = put.send().await.unwrap_err().into_service_error();
-        let aws_sdk_dynamodb::operation::put_item::PutItemError::ProvisionedThroughputExceededException(error) = error
-        else {
+        let PutItemError::ProvisionedThroughputExceededException(error) = error else {
             panic!("{error:?}");
         };
         let reasons = error.throttling_reasons();
@@ -95,8 +97,7 @@ async fn a_throttled_write_names_the_limit_in_its_reasons() {
     );
     let get = dynamo.get_item().table_name("orders").key("pk", s("a"));
     let error = get.send().await.unwrap_err().into_service_error();
-    let aws_sdk_dynamodb::operation::get_item::GetItemError::ThrottlingException(error) = error
-    else {
+    let GetItemError::ThrottlingException(error) = error else {
         panic!("{error:?}");
     };
     let reason = error.throttling_reasons()[0].reason();
@@ -169,10 +170,7 @@ async fn a_hot_key_range_is_throttled_by_itself() {
             break;
         }
     }
-    let aws_sdk_dynamodb::operation::put_item::PutItemError::ProvisionedThroughputExceededException(
-        refusal,
-    ) = refusal.unwrap()
-    else {
+    let PutItemError::ProvisionedThroughputExceededException(refusal) = refusal.unwrap() else {
         panic!("another error");
     };
     let reason = refusal.throttling_reasons()[0].reason().unwrap();
@@ -221,12 +219,38 @@ async fn a_write_is_charged_by_the_larger_item_and_twice_in_a_transaction() {
         .send()
         .await
         .unwrap();
-    let units: Vec<f64> = gateway
-        .calls_where(|c| !c.keys.is_empty())
-        .iter()
-        .map(|c| c.units)
-        .collect();
+    let calls = gateway.calls_where(|c| !c.keys.is_empty());
+    let units: Vec<f64> = calls.iter().map(|c| c.units).collect();
     assert_eq!(units, [3.0, 3.0, 1.0, 1.0, 2.0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_beyond_the_capacity_is_cancelled_with_its_reasons() {
+    let fault = Fault::capacity(0.001).reserve(2_000.0);
+    let (gateway, dynamo, _, _) = started(Options::new(43).fault(fault)).await;
+    let puts = ["t1", "t2"].map(|pk| {
+        let put = Put::builder()
+            .table_name("orders")
+            .item("pk", s(pk))
+            .item("v", n(1));
+        TransactWriteItem::builder()
+            .put(put.build().unwrap())
+            .build()
+    });
+    let write = dynamo
+        .transact_write_items()
+        .set_transact_items(Some(puts.to_vec()));
+    let error = write.send().await.unwrap_err().into_service_error();
+    let TransactWriteItemsError::TransactionCanceledException(error) = error else {
+        panic!("{error:?}");
+    };
+    let codes = error
+        .cancellation_reasons()
+        .iter()
+        .map(|reason| reason.code().unwrap());
+    assert_eq!(codes.collect::<Vec<_>>(), ["None", "ThrottlingError"]);
+    assert!(error.message().unwrap().contains("ThrottlingError"));
+    assert_eq!(version(&gateway, "t1"), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -250,6 +274,20 @@ async fn a_share_of_a_batch_comes_back_unprocessed() {
         assert_eq!(version(&gateway, &key).is_none(), left.contains(&key));
     }
     assert_eq!(gateway.calls_of("BatchWriteItem")[0].unprocessed, 10);
+
+    gateway.inject(Fault::unprocessed(0.5).on("BatchGetItem"));
+    let keys = (0..25).map(|key| [("pk".to_owned(), s(&format!("k{key}")))].into());
+    let keys = KeysAndAttributes::builder().set_keys(Some(keys.collect()));
+    let get = dynamo
+        .batch_get_item()
+        .request_items("orders", keys.build().unwrap());
+    let answer = get.send().await.unwrap();
+    assert_eq!(
+        answer.unprocessed_keys().unwrap()["orders"].keys().len(),
+        13
+    );
+    assert!(answer.responses().unwrap()["orders"].len() <= 12);
+    assert_eq!(gateway.calls_of("BatchGetItem")[0].unprocessed, 13);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -693,4 +731,52 @@ async fn two_regions_run_side_by_side_and_know_nothing_of_each_other() {
     try_put(&east.1, "a", 1).await.unwrap();
     assert_eq!(version(&west.0, "a"), None);
     assert!(east.3.contains(":us-east-1:") && west.3.contains(":us-west-2:"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "fails on purpose: run by a_failing_test_prints_its_seed_and_the_variable_overrides_it"]
+async fn fails_on_purpose() {
+    let (_gateway, _, _, _) = started(Options::new(1)).await;
+    panic!("on purpose");
+}
+
+#[test]
+fn a_failing_test_prints_its_seed_and_the_variable_overrides_it() {
+    let mut run = std::process::Command::new(std::env::current_exe().unwrap());
+    run.args(["--exact", "fails_on_purpose", "--ignored", "--nocapture"]);
+    let failed = run.env("FARSHORE_TEST_SEED", "77").output().unwrap();
+    assert!(!failed.status.success());
+    let told = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(told.contains("FARSHORE_TEST_SEED=77"), "{told}");
+}
+
+#[test]
+fn every_fault_has_a_sentence_in_the_documentation_and_a_test() {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let code = read("src/embedded/gateway/faults.rs");
+    let (docs, tests) = (read("docs/GATEWAY.md"), read("tests/gateway_faults.rs"));
+    let mut faults = 0;
+    for line in code.lines().map(str::trim) {
+        let Some(rest) = line.strip_prefix("pub fn ") else {
+            continue;
+        };
+        let (name, arguments) = rest.split_once('(').unwrap();
+        if arguments.contains("self") {
+            assert!(
+                docs.contains(&format!(".{name}(")),
+                "{name} is not explained"
+            );
+        } else {
+            faults += 1;
+            assert!(
+                docs.contains(&format!("| `{name}(")),
+                "{name} has no sentence"
+            );
+            assert!(
+                tests.contains(&format!("Fault::{name}(")),
+                "{name} has no test"
+            );
+        }
+    }
+    assert!(faults > 20, "{faults}");
 }

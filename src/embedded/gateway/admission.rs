@@ -13,13 +13,14 @@ use super::protocol::{Answer, Failure};
 use super::region::Region;
 use super::rules::{Plan, Rule};
 use super::throttle::write_units;
-use super::touched::{Touched, Write, split_batch, with_unprocessed};
+use super::touched::{Touched, Write, split_batch, split_batch_get, with_unprocessed};
 
-/// Writes of a batch that were not let through.
+/// Writes or keys of a batch that were not let through.
 #[derive(Debug)]
 pub(crate) struct Left {
     pub(crate) count: usize,
-    /// The JSON of `UnprocessedItems`.
+    /// Where the answer says so, and the JSON of it.
+    field: &'static str,
     json: Vec<u8>,
 }
 
@@ -64,10 +65,7 @@ pub(crate) async fn admit(
     if let Some((share, choice)) = by_chance
         && refused.is_empty()
     {
-        let wanted = (total as f64 * share).ceil() as usize;
-        let count = wanted.clamp(1, total.saturating_sub(1).max(1));
-        let first = choice as usize % total.max(1);
-        refused.extend((0..count).map(|n| (first + n) % total.max(1)));
+        refused = chosen(total, share, choice);
     }
     if refused.is_empty() {
         let units = units.iter().sum();
@@ -75,12 +73,35 @@ pub(crate) async fn admit(
     }
     if operation != "BatchWriteItem" || refused.len() >= total {
         let limit = limit.unwrap_or(Limit::Provisioned);
-        return Admitted::None(throttled(region, operation, touched, limit));
+        return Admitted::None(throttled(region, operation, touched, &refused, limit));
     }
     part(body, touched, &units, &refused).unwrap_or_else(|error| {
         tracing::error!(%error, "a batch could not be taken apart");
         Admitted::None(Failure::internal())
     })
+}
+
+/// A share of `total` places, one at least and all but one at most, unless there is only one.
+fn chosen(total: usize, share: f64, choice: u64) -> HashSet<usize> {
+    let wanted = (total as f64 * share).ceil() as usize;
+    let count = wanted.clamp(1, total.saturating_sub(1).max(1));
+    let first = choice as usize % total.max(1);
+    (0..count).map(|n| (first + n) % total.max(1)).collect()
+}
+
+/// A BatchGetItem without a share of its keys; `None` if all of them go on.
+pub(crate) fn leave_keys(body: &Bytes, touched: &Touched, plan: &Plan) -> Option<(Bytes, Left)> {
+    let (share, choice) = plan.unprocessed?;
+    let total = touched.keys.len();
+    // At least one key goes on, as at least one item of a batch of writes does.
+    let left = Some(chosen(total, share, choice)).filter(|_| total > 1)?;
+    let (body, json) = split_batch_get(body, &|place| !left.contains(&place)).ok()?;
+    let left = Left {
+        count: left.len(),
+        field: "UnprocessedKeys",
+        json,
+    };
+    Some((body.into(), left))
 }
 
 fn part(
@@ -103,6 +124,7 @@ fn part(
         body: body.into(),
         left: Left {
             count: refused.len(),
+            field: "UnprocessedItems",
             json,
         },
         units: used.map(|(_, units)| units).sum(),
@@ -114,7 +136,7 @@ pub(crate) fn with_left(answer: Answer, left: &Left) -> Answer {
     if !answer.is_ok() {
         return answer;
     }
-    match with_unprocessed(&answer.body, &left.json) {
+    match with_unprocessed(&answer.body, left.field, &left.json) {
         Ok(body) => answer.with_body(body),
         Err(error) => {
             tracing::error!(%error, "the embedded DynamoDB's answer could not be read");
@@ -123,12 +145,30 @@ pub(crate) fn with_left(answer: Answer, left: &Left) -> Answer {
     }
 }
 
-fn throttled(region: &Region, operation: &str, touched: &Touched, limit: Limit) -> Failure {
+fn throttled(
+    region: &Region,
+    operation: &str,
+    touched: &Touched,
+    refused: &HashSet<usize>,
+    limit: Limit,
+) -> Failure {
     let table = touched.tables.first().map_or("", String::as_str);
     if operation == "TransactWriteItems" {
-        let message = "Transaction cancelled, please refer cancellation reasons for specific \
-                       reasons [ThrottlingError]";
-        return Failure::new(400, "TransactionCanceledException", message);
+        let code = |place| {
+            if refused.contains(&place) {
+                "ThrottlingError"
+            } else {
+                "None"
+            }
+        };
+        let codes: Vec<_> = (0..touched.writes.len()).map(code).collect();
+        let message = format!(
+            "Transaction cancelled, please refer cancellation reasons for specific reasons [{}]",
+            codes.join(", ")
+        );
+        let mut failure = Failure::new(400, "TransactionCanceledException", message);
+        failure.cancellations = codes;
+        return failure;
     }
     let code = "ProvisionedThroughputExceededException";
     region.rules.throttled(code, limit, operation, table)
@@ -177,8 +217,7 @@ async fn units(region: &Arc<Region>, operation: &str, writes: &[Write]) -> Vec<f
     let measure = move || {
         let measured = writes.iter().map(|write| {
             let old = old_size(&of, write);
-            let new = if write.size == 0 { 0 } else { write.size };
-            times * write_units(old.max(new))
+            times * write_units(old.max(write.size))
         });
         measured.collect()
     };

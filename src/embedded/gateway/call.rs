@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::admission::{self, Admitted};
 use super::clock::signature_seconds;
 use super::faults::Subject;
-use super::held::{Delivered, HeldWrite};
+use super::held::{Delivered, HeldWrite, Release};
 use super::iterator::Iterator;
 use super::log::{Call, Outcome};
 use super::protocol::{self, Answer, Failure};
@@ -132,10 +132,14 @@ impl<'r> Way<'r> {
             });
             return;
         }
-        let released = match plan.hold.take() {
-            Some(hold) => self.hold(hold).await,
-            None => None,
-        };
+        let mut released = None;
+        if let Some(hold) = plan.hold.take() {
+            match self.hold(hold).await {
+                Release::Abandoned => return,
+                Release::ByTest(told) => released = Some(told),
+                Release::ByTime => {}
+            }
+        }
         // A held write grew older meanwhile; any other was judged just now.
         let stale = if self.was_held {
             self.region.rules.stale(&self.subject(), self.signed())
@@ -158,8 +162,8 @@ impl<'r> Way<'r> {
         });
     }
 
-    /// Keeps a write back; a sender comes out if a test released it and waits for its effect.
-    async fn hold(&mut self, hold: HoldPlan) -> Option<oneshot::Sender<Delivered>> {
+    /// Keeps a write back.
+    async fn hold(&mut self, hold: HoldPlan) -> Release {
         let write = HeldWrite {
             call: self.number,
             operation: self.request.operation.clone(),
@@ -194,7 +198,7 @@ impl<'r> Way<'r> {
         } else if protocol::is_write(operation) {
             self.execute_write(plan).await
         } else {
-            self.region.upstream.send(headers, body.clone()).await
+            self.execute_read(plan).await
         };
         if answer.is_ok() {
             let at = self.region.log.elapsed();
@@ -217,6 +221,18 @@ impl<'r> Way<'r> {
         served.unwrap_or_else(|_| Failure::internal().answer())
     }
 
+    async fn execute_read(&self, plan: &Plan) -> Answer {
+        let (headers, body) = (&self.request.headers, &self.request.body);
+        let batch = self.request.operation == "BatchGetItem";
+        let part = batch.then(|| admission::leave_keys(body, &self.touched, plan));
+        let Some((body, left)) = part.flatten() else {
+            return self.region.upstream.send(headers, body.clone()).await;
+        };
+        self.charge(0.0, left.count);
+        let answer = self.region.upstream.send(headers, body).await;
+        admission::with_left(answer, &left)
+    }
+
     async fn execute_write(&self, plan: &Plan) -> Answer {
         let shared = self.region.gate.read().await;
         let Request {
@@ -235,17 +251,21 @@ impl<'r> Way<'r> {
                 let answer = self.region.upstream.send(headers, body).await;
                 admission::with_left(answer, &left)
             }
-            Admitted::None(failure) => failure.answer(),
+            Admitted::None(failure) => {
+                self.charge(0.0, self.touched.writes.len());
+                failure.answer()
+            }
         };
         drop(shared);
         answer
     }
 
-    fn charge(&self, units: f64, unprocessed: usize) {
-        if units > 0.0 || unprocessed > 0 {
+    /// Notes what a write used up and how many of its items had to stay behind.
+    fn charge(&self, units: f64, behind: usize) {
+        if units > 0.0 || behind > 0 {
             self.region.log.update(self.number, |call| {
                 call.units = units;
-                call.unprocessed = unprocessed;
+                call.unprocessed = behind;
             });
         }
     }

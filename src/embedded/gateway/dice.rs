@@ -28,6 +28,12 @@ impl Seed {
         self.0
     }
 
+    /// The same chance for another purpose: gateways that share a seed, one for each region, must
+    /// not strike in step.
+    pub(crate) fn of(self, purpose: &str) -> Self {
+        Self(self.bits(purpose, 0))
+    }
+
     /// 64 bits for the `count`th decision about `what`.
     pub(crate) fn bits(self, what: &str, count: u64) -> u64 {
         let about = super::keys::hash_bytes(what.as_bytes());

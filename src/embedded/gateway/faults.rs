@@ -155,7 +155,8 @@ impl Fault {
     }
 
     /// Sends this share of a batch back as `UnprocessedItems`, one item at least; a batch of one
-    /// is throttled whole, as on AWS.
+    /// is throttled whole, as on AWS. By default on BatchWriteItem; on BatchGetItem the share comes
+    /// back as `UnprocessedKeys`, and a batch of one is read.
     pub fn unprocessed(share: f64) -> Self {
         Self::new("unprocessed items", Kind::Unprocessed { share })
     }

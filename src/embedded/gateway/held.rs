@@ -23,6 +23,17 @@ pub struct HeldWrite {
 /// What became of a held write when it was carried out.
 pub(crate) type Delivered = Result<(), String>;
 
+/// Why a held write goes on.
+#[derive(Debug)]
+pub(crate) enum Release {
+    /// Its time has come.
+    ByTime,
+    /// A test released it and waits to be told of its effect.
+    ByTest(oneshot::Sender<Delivered>),
+    /// The gateway ends, and the write with it.
+    Abandoned,
+}
+
 #[derive(Debug)]
 struct Entry {
     write: HeldWrite,
@@ -36,23 +47,24 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Waits until the write's time has come (`None`: never by itself) or a test releases it;
-    /// then whoever released it is told of its effect through the sender.
-    pub(crate) async fn wait(
-        &self,
-        write: HeldWrite,
-        time: Option<Duration>,
-    ) -> Option<oneshot::Sender<Delivered>> {
+    /// Waits until the write's time has come (`None`: never by itself) or a test releases it.
+    pub(crate) async fn wait(&self, write: HeldWrite, time: Option<Duration>) -> Release {
         let call = write.call;
         let (release, released) = oneshot::channel();
         self.lock().insert(call, Entry { write, release });
         self.arrived.notify_waiters();
+        let released = async { released.await.map_or(Release::Abandoned, Release::ByTest) };
         let Some(time) = time else {
-            return released.await.ok();
+            return released.await;
         };
         let outcome = tokio::time::timeout(time, released).await;
         self.lock().remove(&call);
-        outcome.ok().and_then(Result::ok)
+        outcome.unwrap_or(Release::ByTime)
+    }
+
+    /// Gives up every write that is held back: they never take effect.
+    pub(crate) fn abandon(&self) {
+        self.lock().clear();
     }
 
     /// The writes held back, oldest first.

@@ -53,7 +53,8 @@ pub struct Call {
     pub effect: Option<Duration>,
     /// Write units it used up, if writes are metered.
     pub units: f64,
-    /// Items sent back unprocessed.
+    /// Items it did not write, or keys it did not read, for want of capacity or by `unprocessed`, whether they came back
+    /// or the call was refused.
     pub unprocessed: usize,
     /// Names of the faults that struck it.
     pub faults: Vec<String>,

@@ -339,6 +339,7 @@ impl Drop for Gateway {
     fn drop(&mut self) {
         // Nobody listens if the runtime has ended already.
         let _ = self.wanted.send(Reach::Stopped);
+        self.region.held.abandon();
         if std::thread::panicking() {
             let Options { region, seed, .. } = &self.region.options;
             eprintln!("the gateway of {region} ran with {SEED_VARIABLE}={seed}");

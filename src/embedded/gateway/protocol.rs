@@ -61,6 +61,8 @@ pub(crate) struct Failure {
     pub(crate) message: String,
     /// Reason and resource of each throttled limit.
     pub(crate) reasons: Vec<(String, String)>,
+    /// Of a cancelled transaction, the code for each of its items.
+    pub(crate) cancellations: Vec<&'static str>,
 }
 
 impl Failure {
@@ -70,6 +72,7 @@ impl Failure {
             code: code.to_owned(),
             message: message.into(),
             reasons: Vec::new(),
+            cancellations: Vec::new(),
         }
     }
 
@@ -110,6 +113,12 @@ impl Failure {
             body[field] = reasons
                 .map(|(reason, resource)| json!({"reason": reason, "resource": resource}))
                 .collect();
+        }
+        if !self.cancellations.is_empty() {
+            // This one error spells its message with a capital.
+            body["Message"] = body["message"].take();
+            let codes = self.cancellations.iter();
+            body["CancellationReasons"] = codes.map(|code| json!({ "Code": code })).collect();
         }
         Answer {
             status: self.status,

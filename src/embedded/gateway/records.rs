@@ -1,11 +1,11 @@
 //! Taking real records over from the database's own stream into the shards.
 
-use dynoxide::Database;
 use dynoxide::actions::get_records::{GetRecordsRequest, Record, StreamRecord};
 use dynoxide::actions::get_shard_iterator::{
     GetShardIteratorRequest, decode_shard_iterator, encode_shard_iterator,
 };
 use dynoxide::types::item_size;
+use dynoxide::{Database, DynoxideError};
 use serde::Serialize;
 
 use super::keys::{partition_hash, same_item};
@@ -20,25 +20,27 @@ const PAGES_MAX: usize = 1_000;
 /// Takes over what was written since the last time, so that a write that was answered before this
 /// call can be read after it. `ahead_us` is how far the gateway's clock is ahead. Blocks for as long
 /// as the database does.
-pub(crate) fn take_over(database: &Database, region: &str, stream: &Stream, ahead_us: i64) {
+///
+/// # Errors
+/// What the database said, above all that the table is gone.
+pub(crate) fn take_over(
+    database: &Database,
+    region: &str,
+    stream: &Stream,
+    ahead_us: i64,
+) -> Result<(), DynoxideError> {
     let mut taken = stream.taken();
     if !stream.is_enabled() {
-        return;
+        return Ok(());
     }
+    let shard = dynoxide::streams::shard_id(&stream.table);
     for _ in 0..PAGES_MAX {
-        let shard = dynoxide::streams::shard_id(&stream.table);
-        let request = GetRecordsRequest {
-            shard_iterator: encode_shard_iterator(&stream.table, &shard, *taken),
-            limit: Some(PAGE),
-        };
-        let records = match database.get_records(request) {
-            Ok(page) => page.records,
-            Err(error) => {
-                // A table deleted behind the gateway's back: its stream ends with the next look.
-                tracing::debug!(table = stream.table, %error, "no records taken over");
-                return;
-            }
-        };
+        let records = database
+            .get_records(GetRecordsRequest {
+                shard_iterator: encode_shard_iterator(&stream.table, &shard, *taken),
+                limit: Some(PAGE),
+            })?
+            .records;
         let last = records.len() < PAGE;
         for record in records {
             let Some(stored) = stored_number(&record.dynamodb.sequence_number) else {
@@ -52,9 +54,10 @@ pub(crate) fn take_over(database: &Database, region: &str, stream: &Stream, ahea
             store(stream, region, record, stored + ahead_us);
         }
         if last {
-            return;
+            break;
         }
     }
+    Ok(())
 }
 
 /// The number of the newest record the database holds for a table.

@@ -8,6 +8,7 @@ use dynoxide::Database;
 use dynoxide::actions::list_streams::ListStreamsRequest;
 
 use super::clock::{Clock, stream_label};
+use super::dice::Seed;
 use super::held::Held;
 use super::keys::KeySchema;
 use super::log::CallLog;
@@ -20,6 +21,8 @@ use super::upstream::Upstream;
 
 pub(crate) struct Region {
     pub(crate) options: Options,
+    /// The seed as this region draws from it.
+    dice: Seed,
     pub(crate) clock: Clock,
     pub(crate) database: Database,
     pub(crate) upstream: Upstream,
@@ -55,7 +58,8 @@ impl Region {
             "arn:aws:dynamodb:{}:{}:table/",
             options.region, options.account
         );
-        let rules = Rules::new(options.seed, resource);
+        let dice = options.seed.of(&options.region);
+        let rules = Rules::new(dice, resource);
         for fault in &options.faults {
             rules.add(fault.clone());
         }
@@ -72,6 +76,7 @@ impl Region {
             streams: RwLock::default(),
             schemas: RwLock::default(),
             now_every: Every::default(),
+            dice,
             options,
         }
     }
@@ -150,7 +155,7 @@ impl Region {
         let label = stream_label(created_ms);
         // The time would make every run another: the seed counts streams instead.
         let about = format!("{table} {}", streams.by_arn.len());
-        let tree = ShardTree::new(self.options.seed, &about, self.options.shards, created_ms);
+        let tree = ShardTree::new(self.dice, &about, self.options.shards, created_ms);
         let stream = Arc::new(Stream::new(StreamParts {
             arn: format!("{}table/{table}/stream/{label}", self.arn_prefix()),
             label,
@@ -172,7 +177,11 @@ impl Region {
     /// Takes over what was written to a stream's table. Blocks as the database does.
     pub(crate) fn take_over(&self, stream: &Stream) {
         let ahead_us = self.clock.ahead_us();
-        records::take_over(&self.database, &self.options.region, stream, ahead_us);
+        let taken = records::take_over(&self.database, &self.options.region, stream, ahead_us);
+        if taken.is_err() && matches!(self.database.get_table_metadata(&stream.table), Ok(None)) {
+            // The table was deleted without the gateway.
+            stream.disable(self.clock.now_ms());
+        }
     }
 
     /// Finds streams of tables that were made without the gateway.
@@ -220,7 +229,7 @@ impl Region {
         let every = i64::try_from(every.as_millis()).unwrap_or(i64::MAX);
         for id in state.tree.open_ids() {
             // Up to a quarter sooner, so that the shards do not all turn over in one moment.
-            let sooner = every as f64 / 4.0 * self.options.seed.fraction(&id, 0);
+            let sooner = every as f64 / 4.0 * self.dice.fraction(&id, 0);
             let age = state
                 .tree
                 .get(&id)
@@ -242,7 +251,7 @@ impl Region {
             return;
         }
         state.split_ms = now_ms;
-        let pick = self.options.seed.bits(&stream.table, open.len() as u64);
+        let pick = self.dice.bits(&stream.table, open.len() as u64);
         let pick = pick as usize % open.len().max(1);
         if let Some(id) = open.get(pick) {
             // A shard too narrow to split stays whole.

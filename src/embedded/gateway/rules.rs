@@ -35,6 +35,7 @@ impl FaultHandle {
 #[derive(Debug)]
 pub(crate) struct Rule {
     pub(crate) fault: Fault,
+    /// Two faults of one name are drawn apart.
     seed: Seed,
     on: AtomicBool,
     seen: AtomicU64,
@@ -185,8 +186,10 @@ impl Rules {
     }
 
     pub(crate) fn add(&self, fault: Fault) -> FaultHandle {
+        let mut rules = self.rules.write().unwrap_or_else(PoisonError::into_inner);
+        let namesakes = rules.iter().filter(|rule| rule.fault.name == fault.name);
         let rule = Arc::new(Rule {
-            seed: self.seed,
+            seed: self.seed.of(&namesakes.count().to_string()),
             on: AtomicBool::new(fault.starts_on),
             fault,
             seen: AtomicU64::new(0),
@@ -194,7 +197,6 @@ impl Rules {
             buckets: Mutex::default(),
             shards: Mutex::default(),
         });
-        let mut rules = self.rules.write().unwrap_or_else(PoisonError::into_inner);
         rules.push(Arc::clone(&rule));
         FaultHandle(rule)
     }

@@ -119,6 +119,8 @@ async fn connection(stream: TcpStream, region: Arc<Region>, reach: watch::Receiv
     });
     let serve = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
+        // A connection that a client keeps in its pool must not go away without a fault.
+        .header_read_timeout(None)
         .serve_connection(TokioIo::new(stream), service);
     let cut = gone.wait_for(|r| matches!(r, Reach::Refused | Reach::Stopped));
     tokio::select! {

@@ -258,11 +258,49 @@ pub(crate) fn split_batch(
     Ok((serde_json::to_vec(&whole)?, serde_json::to_vec(&left)?))
 }
 
-/// A BatchWriteItem answer with `left` as its `UnprocessedItems`.
-pub(crate) fn with_unprocessed(answer: &[u8], left: &[u8]) -> serde_json::Result<Vec<u8>> {
+/// A BatchGetItem body with only the keys `kept` names by their place among all keys of the call,
+/// and the keys left out as the JSON of `UnprocessedKeys`.
+pub(crate) fn split_batch_get(
+    body: &[u8],
+    kept: &dyn Fn(usize) -> bool,
+) -> serde_json::Result<(Vec<u8>, Vec<u8>)> {
+    let mut sent: serde_json::Value = serde_json::from_slice(body)?;
+    let mut left = serde_json::Map::new();
+    let mut place = 0;
+    if let Some(tables) = sent["RequestItems"].as_object_mut() {
+        for (table, request) in tables.iter_mut() {
+            let mut behind = request.clone();
+            let keys = request["Keys"].as_array_mut().map(std::mem::take);
+            let (mut going, mut staying) = (Vec::new(), Vec::new());
+            for key in keys.unwrap_or_default() {
+                let list = if kept(place) {
+                    &mut going
+                } else {
+                    &mut staying
+                };
+                list.push(key);
+                place += 1;
+            }
+            request["Keys"] = going.into();
+            if !staying.is_empty() {
+                behind["Keys"] = staying.into();
+                left.insert(table.clone(), behind);
+            }
+        }
+        tables.retain(|_, request| request["Keys"].as_array().is_some_and(|k| !k.is_empty()));
+    }
+    Ok((serde_json::to_vec(&sent)?, serde_json::to_vec(&left)?))
+}
+
+/// A batch's answer with `left` as its `UnprocessedItems` or `UnprocessedKeys`.
+pub(crate) fn with_unprocessed(
+    answer: &[u8],
+    field: &str,
+    left: &[u8],
+) -> serde_json::Result<Vec<u8>> {
     let left: &RawValue = serde_json::from_slice(left)?;
     let mut whole: BTreeMap<String, &RawValue> = serde_json::from_slice(answer)?;
-    whole.insert("UnprocessedItems".to_owned(), left);
+    whole.insert(field.to_owned(), left);
     serde_json::to_vec(&whole)
 }
 
@@ -328,7 +366,12 @@ mod tests {
                 .unwrap()
                 .contains("ReturnConsumedCapacity")
         );
-        let answer = with_unprocessed(br#"{"UnprocessedItems":{},"X":1}"#, &left).unwrap();
+        let answer = with_unprocessed(
+            br#"{"UnprocessedItems":{},"X":1}"#,
+            "UnprocessedItems",
+            &left,
+        )
+        .unwrap();
         let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
         assert_eq!(answer["UnprocessedItems"]["t"].as_array().unwrap().len(), 2);
         assert_eq!(answer["X"], 1);
