@@ -5,6 +5,7 @@
 //! same SDK calls run against it as against AWS. Its data lives in memory and ends with the
 //! process.
 
+pub mod gateway;
 mod server;
 
 pub use server::{EmbeddedServer, StartError};

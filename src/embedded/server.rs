@@ -44,6 +44,11 @@ impl EmbeddedServer {
         Self::serve(address, database).await
     }
 
+    /// Serves a database that another server may serve too, on a free loopback port.
+    pub async fn around(database: Database) -> Result<Self, StartError> {
+        Self::serve(SocketAddr::from(([127, 0, 0, 1], 0)), database).await
+    }
+
     async fn serve(address: SocketAddr, database: Database) -> Result<Self, StartError> {
         let listen = |source| StartError::Listen { address, source };
         let listener = listen_on(address).map_err(listen)?;

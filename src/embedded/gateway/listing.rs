@@ -1,0 +1,112 @@
+//! A page of DescribeStream: which shards it shows and how, with the inconsistencies AWS is known
+//! for if faults ask for them.
+
+use std::sync::Arc;
+
+use super::faults::Kind;
+use super::rules::Rule;
+use super::shards::{Shard, ShardTree};
+
+pub(crate) struct Query<'a> {
+    /// Only shards listed after this one, which need not exist any more.
+    pub(crate) after: Option<&'a str>,
+    pub(crate) children_of: Option<&'a str>,
+    pub(crate) limit: usize,
+    pub(crate) now_ms: i64,
+}
+
+pub(crate) struct Listed<'a> {
+    pub(crate) shard: &'a Shard,
+    /// A closed shard shown as if it were open.
+    pub(crate) shown_open: bool,
+}
+
+pub(crate) struct Page<'a> {
+    pub(crate) shards: Vec<Listed<'a>>,
+    /// The last shard of the page, if there are more after it.
+    pub(crate) last: Option<String>,
+}
+
+pub(crate) fn page<'a>(tree: &'a ShardTree, query: &Query<'_>, faults: &[Arc<Rule>]) -> Page<'a> {
+    let mut shards: Vec<&Shard> = tree
+        .iter()
+        .filter(|shard| query.after.is_none_or(|after| shard.id.as_str() > after))
+        .filter(|shard| {
+            query
+                .children_of
+                .is_none_or(|p| shard.parent.as_deref() == Some(p))
+        })
+        .filter(|shard| !is_late(shard, query.now_ms, faults))
+        .collect();
+    if let Some(parent) = query.children_of
+        && answers_empty(parent, faults)
+    {
+        shards.clear();
+    }
+    let more = shards.len() > query.limit;
+    shards.truncate(query.limit);
+    let last = shards.last().filter(|_| more).map(|shard| shard.id.clone());
+    // After the page was cut: a shard left out leaves a hole, and does not move up the next one.
+    shards.retain(|shard| !is_missed(shard, faults));
+    let shards = shards.into_iter().map(|shard| Listed {
+        shard,
+        shown_open: is_shown_open(shard, query.now_ms, faults),
+    });
+    Page {
+        shards: shards.collect(),
+        last,
+    }
+}
+
+fn is_late(shard: &Shard, now_ms: i64, faults: &[Arc<Rule>]) -> bool {
+    faults.iter().any(|rule| {
+        let Kind::LateChildren { time } = rule.fault.kind else {
+            return false;
+        };
+        let young = shard.parent.is_some() && now_ms - shard.created_ms < millis(time);
+        let late = young && rule.picks_shard(&shard.id);
+        if late {
+            rule.hit();
+        }
+        late
+    })
+}
+
+fn is_shown_open(shard: &Shard, now_ms: i64, faults: &[Arc<Rule>]) -> bool {
+    faults.iter().any(|rule| {
+        let Kind::OpenParents { time } = rule.fault.kind else {
+            return false;
+        };
+        let fresh = shard
+            .closed_ms
+            .is_some_and(|closed| now_ms - closed < millis(time));
+        let shown = fresh && rule.picks_shard(&shard.id);
+        if shown {
+            rule.hit();
+        }
+        shown
+    })
+}
+
+fn is_missed(shard: &Shard, faults: &[Arc<Rule>]) -> bool {
+    let missing = |rule: &&Arc<Rule>| matches!(rule.fault.kind, Kind::MissingShard);
+    let mut missing = faults.iter().filter(missing);
+    missing.any(|rule| rule.misses_once(&shard.id))
+}
+
+fn answers_empty(parent: &str, faults: &[Arc<Rule>]) -> bool {
+    faults.iter().any(|rule| {
+        let Kind::EmptyChildren { first } = rule.fault.kind else {
+            return false;
+        };
+        let empty = rule.picks_shard(parent) && rule.asked_before(parent) < first;
+        if empty {
+            rule.hit();
+        }
+        empty
+    })
+}
+
+fn millis(time: std::time::Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}
