@@ -6,30 +6,41 @@ use std::collections::BTreeMap;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::AttributeValue;
 
-/// An item with its attributes in order and its sets sorted, as text.
+/// A value with its attributes in order and its sets sorted, as text in which every part is
+/// preceded by its length: different values give different text.
 fn canonical(value: &AttributeValue) -> String {
+    let parts = |kind: &str, parts: Vec<String>| {
+        let body: String = parts
+            .iter()
+            .map(|part| format!("{}:{part}", part.len()))
+            .collect();
+        format!("{kind}[{body}]")
+    };
+    let sorted = |kind: &str, mut set: Vec<String>| {
+        set.sort();
+        parts(kind, set)
+    };
     match value {
         AttributeValue::M(map) => {
-            let sorted: BTreeMap<&String, String> =
-                map.iter().map(|(k, v)| (k, canonical(v))).collect();
-            format!("M{sorted:?}")
+            let in_order: BTreeMap<&String, String> = map
+                .iter()
+                .map(|(name, value)| (name, canonical(value)))
+                .collect();
+            let flat = in_order
+                .into_iter()
+                .flat_map(|(name, value)| [name.clone(), value]);
+            parts("M", flat.collect())
         }
-        AttributeValue::L(list) => format!("L{:?}", list.iter().map(canonical).collect::<Vec<_>>()),
-        AttributeValue::Ss(set) => {
-            let mut set = set.clone();
-            set.sort();
-            format!("SS{set:?}")
-        }
-        AttributeValue::Ns(set) => {
-            let mut set = set.clone();
-            set.sort();
-            format!("NS{set:?}")
-        }
-        AttributeValue::Bs(set) => {
-            let mut set: Vec<Vec<u8>> = set.iter().map(|b| b.clone().into_inner()).collect();
-            set.sort();
-            format!("BS{set:?}")
-        }
+        AttributeValue::L(list) => parts("L", list.iter().map(canonical).collect()),
+        AttributeValue::Ss(set) => sorted("SS", set.clone()),
+        AttributeValue::Ns(set) => sorted("NS", set.clone()),
+        AttributeValue::Bs(set) => sorted(
+            "BS",
+            set.iter().map(|b| format!("{:?}", b.as_ref())).collect(),
+        ),
+        AttributeValue::B(bytes) => format!("B{:?}", bytes.as_ref()),
+        AttributeValue::S(text) => format!("S{text}"),
+        AttributeValue::N(number) => format!("N{number}"),
         other => format!("{other:?}"),
     }
 }

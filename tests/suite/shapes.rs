@@ -27,7 +27,7 @@ pub fn items() -> Vec<HashMap<String, V>> {
         )
     };
     let mut deep = n(1);
-    for _ in 0..30 {
+    for _ in 0..15 {
         deep = V::L(vec![map(vec![("x", deep)])]);
     }
     vec![
