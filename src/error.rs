@@ -80,7 +80,9 @@ impl fmt::Display for Failure {
             ("  why", &self.why),
             ("   do", &self.next),
         ] {
-            writeln!(f, "{label}: {}", sentence.trim_end_matches('.'))?;
+            // One line each, whatever the cause brought along.
+            let lines: Vec<&str> = sentence.lines().map(str::trim).collect();
+            writeln!(f, "{label}: {}", lines.join(" ").trim_end_matches('.'))?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use aws_sdk_dynamodb::types::{
     ScalarAttributeType, StreamSpecification, StreamViewType,
 };
 use farshore::embedded::EmbeddedServer;
+use farshore::embedded::gateway::{Gateway, Options};
 use tempfile::TempDir;
 
 use super::checker;
@@ -27,6 +28,8 @@ pub struct Stand {
     pub suffix: String,
     pub temp: TempDir,
     servers: Vec<EmbeddedServer>,
+    /// Gateways in front of source and target, where the stand has them.
+    pub gateways: Vec<Gateway>,
 }
 
 pub fn client(url: &str, region: &str) -> Client {
@@ -60,6 +63,15 @@ impl Stand {
         stand
     }
 
+    /// Two embedded regions, each behind a gateway with the given options.
+    pub async fn gateways(source: Options, target: Options) -> Self {
+        let source = Gateway::start(source.region(SOURCE)).await.unwrap();
+        let target = Gateway::start(target.region(TARGET)).await.unwrap();
+        let mut stand = Self::at(&source.endpoint_url(), &target.endpoint_url());
+        stand.gateways = vec![source, target];
+        stand
+    }
+
     /// Regions at the given endpoints.
     pub fn at(source_url: &str, target_url: &str) -> Self {
         Self {
@@ -70,6 +82,7 @@ impl Stand {
             suffix: format!("{:08x}", rand::random::<u32>()),
             temp: tempfile::tempdir().unwrap(),
             servers: Vec::new(),
+            gateways: Vec::new(),
         }
     }
 

@@ -1,4 +1,5 @@
 //! The replication suite: what the main job promises, on any two DynamoDB regions.
+#![allow(dead_code, reason = "each test binary runs what its servers can do")]
 
 pub mod faults;
 pub mod shapes;
