@@ -4,6 +4,7 @@
 
 pub mod binary;
 pub mod checker;
+pub mod ministack;
 pub mod proxy;
 pub mod stand;
 

@@ -1,0 +1,36 @@
+//! The lane of real peers: Farshore between servers and clients that are not its own. Two
+//! ministacks as two regions, SQS in one of them, and boto3 as the one who writes and compares.
+
+mod common;
+mod suite;
+
+use common::ministack::Ministacks;
+
+/// The replication suite, as `tests/replication.rs` runs it on embedded regions.
+macro_rules! promises {
+    ($($name:ident => $run:path;)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            #[ignore = "needs ministack and boto3: .ci/peers installs them under target/peers"]
+            async fn $name() {
+                let peers = Ministacks::start().await;
+                $run(&peers.stand()).await;
+            }
+        )*
+    };
+}
+
+promises! {
+    inserts_updates_and_deletes_arrive => suite::changes_arrive;
+    all_types_arrive_byte_for_byte => suite::shapes::all_types_arrive_byte_for_byte;
+    it_resumes_after_sigkill => suite::resumes_after_sigkill;
+    it_stops_gracefully => suite::stops_gracefully;
+    two_tables_replicate_at_once => suite::two_tables_at_once;
+    latest_is_resolved_once => suite::latest_is_resolved_once;
+    never_copied_is_never_green => suite::never_copied_is_never_green;
+    the_active_region_stands_by => suite::the_active_region_stands_by;
+    poison_is_isolated => suite::faults::poison_is_isolated;
+    a_queue_that_refuses_holds_the_checkpoint => suite::faults::a_queue_that_refuses_holds_the_checkpoint;
+    an_outage_of_the_source_is_waited_out => suite::faults::an_outage_of_the_source;
+    an_outage_of_the_replica_is_waited_out => suite::faults::an_outage_of_the_replica;
+}
