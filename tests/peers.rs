@@ -2,6 +2,7 @@
 //! ministacks as two regions, SQS in one of them, and boto3 as the one who writes and compares.
 
 mod common;
+mod peers_support;
 mod suite;
 
 use common::ministack::Ministacks;
@@ -33,4 +34,27 @@ promises! {
     a_queue_that_refuses_holds_the_checkpoint => suite::faults::a_queue_that_refuses_holds_the_checkpoint;
     an_outage_of_the_source_is_waited_out => suite::faults::an_outage_of_the_source;
     an_outage_of_the_replica_is_waited_out => suite::faults::an_outage_of_the_replica;
+}
+
+/// What only servers with a queue, and a client that is not ours, can show.
+macro_rules! with_peers {
+    ($($name:ident => $run:path;)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            #[ignore = "needs ministack and boto3: .ci/peers installs them under target/peers"]
+            async fn $name() {
+                $run(&Ministacks::start().await).await;
+            }
+        )*
+    };
+}
+
+with_peers! {
+    a_standard_queue_is_provisioned_once => peers_support::queues::a_standard_queue_is_provisioned_once;
+    a_fifo_queue_is_provisioned_once => peers_support::queues::a_fifo_queue_is_provisioned_once;
+    poison_goes_to_a_standard_queue => peers_support::queues::poison_goes_to_a_standard_queue;
+    poison_goes_to_a_fifo_queue => peers_support::queues::poison_goes_to_a_fifo_queue;
+    poison_of_two_tables_meets_in_one_fifo_queue => peers_support::queues::poison_of_two_tables_meets_in_one_fifo_queue;
+    an_outage_of_the_queue_holds_the_checkpoint => peers_support::queues::an_outage_of_the_queue_holds_the_checkpoint;
+    what_boto3_writes_while_the_worker_runs_arrives => peers_support::main_job::what_boto3_writes_while_the_worker_runs_arrives;
 }

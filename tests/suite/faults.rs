@@ -37,7 +37,8 @@ pub async fn picky_replica(stand: &Stand, table: &str) {
         .unwrap();
 }
 
-async fn put_kind(stand: &Stand, table: &str, id: &str, poison: bool) {
+/// Puts an item that a picky replica takes, or refuses as poison.
+pub async fn put_kind(stand: &Stand, table: &str, id: &str, poison: bool) {
     let kind = if poison { n(7) } else { s("good") };
     stand
         .source
@@ -51,7 +52,7 @@ async fn put_kind(stand: &Stand, table: &str, id: &str, poison: bool) {
 }
 
 /// The checkpoint of the table's only started shard.
-async fn checkpoint(stand: &Stand) -> String {
+pub async fn checkpoint(stand: &Stand) -> String {
     let rows = state_rows(&stand.target, &stand.state_table()).await;
     rows.iter()
         .filter(|row| row["entityType"] == s("shard"))

@@ -1,0 +1,239 @@
+//! Dead letters in SQS: the queue is made as it has to be, and takes what no replica takes.
+
+use std::time::Duration;
+
+use aws_sdk_sqs::types::QueueAttributeName as Name;
+
+use super::{Received, config_with_queue, receive, sqs};
+use crate::common::binary::{Worker, provision, run, stderr, stdout};
+use crate::common::eventually;
+use crate::common::ministack::{Ministack, Ministacks};
+use crate::common::stand::Stand;
+use crate::suite::faults::{checkpoint, picky_replica, put_kind};
+
+pub async fn a_standard_queue_is_provisioned_once(peers: &Ministacks) {
+    a_queue_is_provisioned_once(peers, "letters").await;
+}
+
+pub async fn a_fifo_queue_is_provisioned_once(peers: &Ministacks) {
+    a_queue_is_provisioned_once(peers, "letters.fifo").await;
+}
+
+/// 14 days, encrypted, invisible for 300 s once received; and never a second time.
+async fn a_queue_is_provisioned_once(peers: &Ministacks, name: &str) {
+    let stand = peers.stand();
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let config = config_with_queue(&stand, &[&table], &peers.target.url(), name);
+    let path = config.to_str().unwrap();
+    let client = sqs(peers);
+    let plan = run(&["provision", "--config", path]);
+    assert_eq!(plan.status.code(), Some(1), "{}", stderr(&plan));
+    assert!(
+        stdout(&plan).contains(&format!("create queue {name}")),
+        "{}",
+        stdout(&plan)
+    );
+    let queues = client.list_queues().send().await.unwrap();
+    assert!(queues.queue_urls().is_empty(), "the plan made a queue");
+    let applied = run(&["provision", "--apply", "--config", path]);
+    assert_eq!(applied.status.code(), Some(0), "{}", stderr(&applied));
+    let url = Ministack::queue_url(&peers.target.url(), name);
+    let queues = client.list_queues().send().await.unwrap();
+    assert_eq!(queues.queue_urls(), std::slice::from_ref(&url));
+    let attributes = async || {
+        let answer = client.get_queue_attributes().queue_url(&url);
+        let answer = answer.attribute_names(Name::All).send().await.unwrap();
+        answer.attributes.unwrap()
+    };
+    let held = attributes().await;
+    let is = |name: Name| held.get(&name).map(String::as_str);
+    assert_eq!(is(Name::MessageRetentionPeriod), Some("1209600"));
+    assert_eq!(is(Name::VisibilityTimeout), Some("300"));
+    assert_eq!(is(Name::SqsManagedSseEnabled), Some("true"));
+    let fifo = name.ends_with(".fifo").then_some("true");
+    assert_eq!(is(Name::FifoQueue), fifo);
+    let again = run(&["provision", "--apply", "--config", path]);
+    assert_eq!(again.status.code(), Some(0), "{}", stderr(&again));
+    assert!(
+        stdout(&again).contains("Done: 0 created"),
+        "{}",
+        stdout(&again)
+    );
+    assert_eq!(attributes().await, held);
+    // Nor does it touch a queue that a person made otherwise.
+    let other = client.set_queue_attributes().queue_url(&url);
+    let other = other.attributes(Name::VisibilityTimeout, "45");
+    other.send().await.unwrap();
+    provision(&config);
+    assert_eq!(attributes().await[&Name::VisibilityTimeout], "45");
+}
+
+/// What a person, or a filter on the queue, reads from the letter of an INSERT of `key`.
+fn assert_letter(letter: &Received, stand: &Stand, table: &str, key: &str) {
+    let body = &letter.body;
+    assert_eq!(body["version"], 1);
+    assert_eq!(body["group"], stand.group());
+    assert_eq!(body["epoch"], 1);
+    assert_eq!(body["table"], table);
+    for (side, region) in [("source", "us-east-1"), ("target", "us-west-2")] {
+        assert_eq!(body[side]["region"], region);
+        assert_eq!(body[side]["table"], table);
+    }
+    let arn = body["streamArn"].as_str().unwrap();
+    assert!(arn.contains(&format!("table/{table}/stream/")), "{arn}");
+    assert!(body["shardId"].as_str().unwrap().starts_with("shardId-"));
+    let sequence = body["sequenceNumber"].as_str().unwrap();
+    assert!(sequence.bytes().all(|byte| byte.is_ascii_digit()));
+    assert_eq!(body["event"], "INSERT");
+    assert_eq!(body["keys"], serde_json::json!({"id": {"S": key}}));
+    assert_eq!(body["newImage"]["kind"]["N"], "7");
+    assert!(body.get("oldImage").is_none(), "an INSERT has no old image");
+    assert!(body.get("omitted").is_none(), "nothing was left out");
+    assert_eq!(body["error"]["class"], "validation");
+    assert_eq!(body["error"]["code"], "ValidationException");
+    assert!(body["error"]["message"].as_str().unwrap().contains("kind"));
+    assert_eq!(body["attempts"], 3);
+    for time in ["createdAt", "failedAt"] {
+        let time = body[time].as_str().unwrap();
+        assert!(time.starts_with("20") && time.ends_with('Z'), "{time}");
+    }
+    let group = stand.group();
+    let expected = [
+        ("class", "validation"),
+        ("code", "ValidationException"),
+        ("event", "INSERT"),
+        ("group", group.as_str()),
+        ("table", table),
+    ];
+    let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    assert_eq!(letter.attributes, expected.into());
+}
+
+pub async fn poison_goes_to_a_standard_queue(peers: &Ministacks) {
+    poison_goes_to_the_queue(peers, "letters").await;
+}
+
+pub async fn poison_goes_to_a_fifo_queue(peers: &Ministacks) {
+    poison_goes_to_the_queue(peers, "letters.fifo").await;
+}
+
+/// Three poisonous records among 30: each is one message that says all about it, their neighbours
+/// are applied, and the checkpoint passes them.
+async fn poison_goes_to_the_queue(peers: &Ministacks, name: &str) {
+    let stand = peers.stand();
+    let table = stand.table("picky");
+    picky_replica(&stand, &table).await;
+    let config = config_with_queue(&stand, &[&table], &peers.target.url(), name);
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    for id in 0..30 {
+        put_kind(&stand, &table, &format!("k{id}"), id % 10 == 3).await;
+    }
+    let mut letters = receive(&sqs(peers), peers, name, 3).await;
+    letters.sort_by_key(|letter| letter.body["keys"].to_string());
+    for (letter, key) in letters.iter().zip(["k13", "k23", "k3"]) {
+        assert_letter(letter, &stand, &table, key);
+    }
+    let applied = async || stand.differences(&table).await.len() == 3;
+    eventually("the neighbours arrive", Duration::from_secs(20), applied).await;
+    let last = letters[1].body["sequenceNumber"].as_str().unwrap();
+    let passed = async || checkpoint(&stand).await.as_str() > last;
+    eventually("the checkpoint passes", Duration::from_secs(10), passed).await;
+    assert_eq!(worker.metric("farshore_dead_letters_total").await, 3.0);
+    let (status, body) = worker.get("/readyz").await.unwrap();
+    assert_eq!(status, 200, "{body}");
+    assert!(worker.stop().await.success());
+}
+
+/// A FIFO queue drops a second message with the deduplication id of a first: letters of different
+/// tables must never share one, though their shards and positions may look alike.
+pub async fn poison_of_two_tables_meets_in_one_fifo_queue(peers: &Ministacks) {
+    let stand = peers.stand();
+    let tables = [stand.table("first"), stand.table("second")];
+    for table in &tables {
+        picky_replica(&stand, table).await;
+    }
+    let names = tables.each_ref().map(String::as_str);
+    let config = config_with_queue(&stand, &names, &peers.target.url(), "letters.fifo");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    for table in &tables {
+        put_kind(&stand, table, "poison", true).await;
+        put_kind(&stand, table, "good", false).await;
+    }
+    let letters = receive(&sqs(peers), peers, "letters.fifo", 2).await;
+    for table in &tables {
+        let of_table = letters
+            .iter()
+            .find(|letter| letter.body["table"] == **table);
+        assert_letter(of_table.unwrap(), &stand, table, "poison");
+    }
+    assert!(worker.stop().await.success());
+}
+
+/// While the queue cannot be reached the checkpoint waits before the poison, readiness says why,
+/// other keys go on, and afterwards nothing is lost, not even over a restart in the outage.
+pub async fn an_outage_of_the_queue_holds_the_checkpoint(peers: &Ministacks) {
+    let stand = peers.stand();
+    let table = stand.table("picky");
+    picky_replica(&stand, &table).await;
+    let proxy = stand.proxy(&peers.target.url()).await;
+    let config = config_with_queue(&stand, &[&table], &proxy.url(), "letters");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    put_kind(&stand, &table, "first", false).await;
+    stand.converge(&table, 1).await;
+    let moved = async || !checkpoint(&stand).await.is_empty();
+    eventually("the first checkpoint", Duration::from_secs(5), moved).await;
+    // Checkpoints come every 100 ms: the one of the first item has been stored by then.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = checkpoint(&stand).await;
+    proxy.cut();
+    for id in 0..20 {
+        put_kind(&stand, &table, &format!("k{id}"), id % 10 == 3).await;
+    }
+    let applied = async || stand.differences(&table).await.len() == 2;
+    eventually("other keys go on", Duration::from_secs(20), applied).await;
+    let red = async || {
+        let (status, body) = worker.get("/readyz").await.unwrap();
+        status == 503 && body.contains("outage-dead-letters")
+    };
+    eventually("readiness tells why", Duration::from_secs(20), red).await;
+    assert_eq!(worker.get("/livez").await.unwrap().0, 200);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let held = checkpoint(&stand).await;
+    assert!(held >= before);
+    // It is killed, and the next one starts over before the poison.
+    worker.kill();
+    proxy.heal();
+    let worker = Worker::following(&config).await;
+    let letters = receive(&sqs(peers), peers, "letters", 2).await;
+    let first = letters
+        .iter()
+        .map(|letter| letter.body["sequenceNumber"].as_str().unwrap());
+    assert!(
+        held.as_str() < first.min().unwrap(),
+        "the checkpoint passed an undelivered dead letter"
+    );
+    let green = async || worker.get("/readyz").await.unwrap().0 == 200;
+    eventually("readiness turns green", Duration::from_secs(20), green).await;
+    for id in [3, 13] {
+        put_kind(&stand, &table, &format!("k{id}"), false).await;
+    }
+    stand.converge(&table, 21).await;
+    // And a second outage is waited out by one and the same worker.
+    proxy.cut();
+    put_kind(&stand, &table, "late", true).await;
+    eventually("readiness tells why", Duration::from_secs(20), async || {
+        let (_, body) = worker.get("/readyz").await.unwrap();
+        body.contains("outage-dead-letters")
+    })
+    .await;
+    proxy.heal();
+    let letters = receive(&sqs(peers), peers, "letters", 1).await;
+    assert_letter(&letters[0], &stand, &table, "late");
+    eventually("readiness turns green", Duration::from_secs(20), green).await;
+    assert_eq!(worker.logged("outage ends"), 1);
+    assert!(worker.stop().await.success());
+}
