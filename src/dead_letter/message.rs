@@ -5,8 +5,13 @@ use serde_json::Value;
 
 /// Version of the message's form.
 pub const VERSION: u32 = 1;
-/// SQS takes at most 1 MiB a message, attributes included; a little is kept for those.
-pub const MESSAGE_BYTES_MAX: usize = 1_048_576 - 4_096;
+/// SQS takes at most 1 MiB a message, attributes included.
+pub const MESSAGE_BYTES_MAX: usize = 1_048_576;
+/// What is kept of a message for its attributes: a few names, the longest a table's of 255 bytes.
+pub const ATTRIBUTES_BYTES_MAX: usize = 4_096;
+/// What a letter may need without its images: a key of 3 KB, each byte of it six in JSON, and the
+/// names around it.
+pub const LETTER_BYTES_MIN: usize = 28_672;
 
 /// One record that its replica can never take.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

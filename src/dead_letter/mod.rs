@@ -29,7 +29,7 @@ impl Store {
     pub async fn open(config: &DeadLetters, region: &RegionClients) -> Result<Self, Failure> {
         if let Some(url) = &config.queue_url {
             let queue = Queue::new(region, url, config.endpoint_url.as_deref());
-            return queue.check().await.map(|()| Store::Queue(queue));
+            return queue.check().await.map(Store::Queue);
         }
         // Validation has seen to it that one of the two is set.
         let path = config.directory.clone().unwrap_or_default();

@@ -3,7 +3,7 @@
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName};
 
-use super::message::{DeadLetter, MESSAGE_BYTES_MAX};
+use super::message::{ATTRIBUTES_BYTES_MAX, DeadLetter, LETTER_BYTES_MIN, MESSAGE_BYTES_MAX};
 use crate::dynamo::RegionClients;
 use crate::error::{Class, Failure, Fault, Operation, classify};
 
@@ -12,6 +12,8 @@ use crate::error::{Class, Failure, Fault, Operation, classify};
 pub struct Queue {
     client: Client,
     url: String,
+    /// The longest body of a letter that this queue takes.
+    body_bytes_max: usize,
 }
 
 impl Queue {
@@ -22,6 +24,7 @@ impl Queue {
         Self {
             client: region.sqs(&endpoint),
             url: url.to_owned(),
+            body_bytes_max: MESSAGE_BYTES_MAX - ATTRIBUTES_BYTES_MAX,
         }
     }
 
@@ -49,37 +52,67 @@ impl Queue {
     /// # Errors
     /// Any other fault than "not found".
     pub async fn exists(&self) -> Result<bool, Fault> {
+        Ok(self.bytes_max().await?.is_some())
+    }
+
+    /// The longest message that the queue takes, attributes included; `None` if it is not there.
+    async fn bytes_max(&self) -> Result<Option<usize>, Fault> {
         let answer = self
             .client
             .get_queue_attributes()
             .queue_url(&self.url)
-            .attribute_names(QueueAttributeName::QueueArn)
+            .attribute_names(QueueAttributeName::MaximumMessageSize)
             .send()
             .await;
         match answer {
-            Ok(_) => Ok(true),
+            Ok(answer) => Ok(Some(
+                answer
+                    .attributes()
+                    .and_then(|all| all.get(&QueueAttributeName::MaximumMessageSize))
+                    .and_then(|bytes| bytes.parse().ok())
+                    .unwrap_or(MESSAGE_BYTES_MAX),
+            )),
             Err(error) => match classify(Operation::Queue, &error) {
-                fault if fault.class == Class::NotFound => Ok(false),
+                fault if fault.class == Class::NotFound => Ok(None),
                 fault => Err(fault),
             },
         }
     }
 
-    /// Checks that the queue answers.
+    /// Checks that the queue answers, and learns how much it takes: queues made before SQS took
+    /// 1 MiB, and those a person made so, take less.
     ///
     /// # Errors
     /// A failure that names the queue.
-    pub async fn check(&self) -> Result<(), Failure> {
+    pub async fn check(mut self) -> Result<Self, Failure> {
         let what = format!("The dead-letter queue {} could not be reached", self.url);
-        match self.exists().await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Failure::new(
-                what,
-                "There is no such queue",
-                "Create it with `farshore provision --apply`, or correct dead_letters.queue_url",
-            )),
-            Err(fault) => Err(Failure::from_fault(what, &fault)),
+        let bytes_max = match self.bytes_max().await {
+            Ok(Some(bytes_max)) => bytes_max,
+            Ok(None) => {
+                return Err(Failure::new(
+                    what,
+                    "There is no such queue",
+                    "Create it with `farshore provision --apply`, or correct dead_letters.queue_url",
+                ));
+            }
+            Err(fault) => return Err(Failure::from_fault(what, &fault)),
+        };
+        self.body_bytes_max = bytes_max
+            .min(MESSAGE_BYTES_MAX)
+            .saturating_sub(ATTRIBUTES_BYTES_MAX);
+        if self.body_bytes_max < LETTER_BYTES_MIN {
+            return Err(Failure::new(
+                format!("The dead-letter queue {} takes too little", self.url),
+                format!(
+                    "Its messages may hold {bytes_max} bytes, and a letter may need {} even without its images",
+                    LETTER_BYTES_MIN + ATTRIBUTES_BYTES_MAX
+                ),
+                format!(
+                    "Set the queue's MaximumMessageSize, best to {MESSAGE_BYTES_MAX}, so that the images fit too"
+                ),
+            ));
         }
+        Ok(self)
     }
 
     /// Sends a letter; done when SQS has stored it.
@@ -87,7 +120,7 @@ impl Queue {
     /// # Errors
     /// The fault of the call, or a letter that is too long even without its images.
     pub async fn send(&self, letter: &DeadLetter) -> Result<(), Fault> {
-        let body = letter.to_line(MESSAGE_BYTES_MAX).map_err(|message| {
+        let body = letter.to_line(self.body_bytes_max).map_err(|message| {
             Fault::own(Operation::Queue, Class::Unknown, "letter too long", message)
         })?;
         let mut request = self

@@ -2,6 +2,7 @@
 
 pub mod main_job;
 pub mod queues;
+pub mod sizes;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
