@@ -169,12 +169,35 @@ fn group_id(table: &str) -> String {
     table.chars().take(128).collect()
 }
 
-/// At most 128 characters; the end of shard id and sequence number tells letters apart.
+/// The same for a second delivery of a letter and different for any other letter, since a FIFO queue
+/// silently drops what it takes for a repetition. Shard and position alone do not tell letters
+/// apart: several groups may copy one table and share a queue. At most 128 characters.
 fn deduplication_id(letter: &DeadLetter) -> String {
     let sequence = letter.sequence_number.as_deref().unwrap_or("none");
-    let id = format!("{}-{sequence}", letter.shard_id);
-    let skip = id.chars().count().saturating_sub(128);
-    id.chars().skip(skip).collect()
+    let digest = digest(&[
+        &letter.group,
+        &letter.table,
+        &letter.target.region,
+        &letter.target.table,
+        &letter.stream_arn,
+        &letter.shard_id,
+        sequence,
+    ]);
+    // The position is there for people; the digest holds it already.
+    let position: String = sequence.chars().take(64).collect();
+    format!("{digest:032x}-{position}")
+}
+
+/// FNV-1a of 128 bits: the same in every version and on every machine, which the standard library's
+/// hashers do not promise.
+fn digest(parts: &[&str]) -> u128 {
+    const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    // 0xff is in no UTF-8 text: it ends each part, so that no two lists read alike.
+    let bytes = parts.iter().flat_map(|part| part.bytes().chain([0xff]));
+    bytes.fold(BASIS, |hash, byte| {
+        (hash ^ u128::from(byte)).wrapping_mul(PRIME)
+    })
 }
 
 /// Scheme and authority of a URL.
@@ -205,12 +228,36 @@ mod tests {
     }
 
     #[test]
-    fn a_deduplication_id_is_short_and_keeps_the_position() {
+    fn a_deduplication_id_is_short_and_tells_letters_apart() {
         let mut letter = super::super::message::tests::letter("x");
-        letter.shard_id = "s".repeat(200);
-        letter.sequence_number = Some("42".into());
+        letter.sequence_number = Some("4".repeat(100));
         let id = deduplication_id(&letter);
-        assert_eq!(id.len(), 128);
-        assert!(id.ends_with("-42"));
+        assert!(id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic()));
+        // A second delivery of the same letter is the same message.
+        let mut again = letter.clone();
+        again.failed_at = "2026-01-02T00:00:00Z".into();
+        again.attempts += 1;
+        assert_eq!(deduplication_id(&again), id);
+        // Long positions and shards that differ only at their end; other groups, tables, targets.
+        let others: [fn(&mut DeadLetter); 7] = [
+            |letter| letter.sequence_number = Some(format!("{}5", "4".repeat(99))),
+            |letter| letter.shard_id.push('2'),
+            |letter| letter.stream_arn.push('2'),
+            |letter| letter.group.push('2'),
+            |letter| letter.table.push('2'),
+            |letter| letter.target.region.push('2'),
+            |letter| letter.target.table.push('2'),
+        ];
+        for change in others {
+            let mut other = letter.clone();
+            change(&mut other);
+            assert_ne!(deduplication_id(&other), id);
+        }
+    }
+
+    #[test]
+    fn the_digest_is_the_same_in_every_version() {
+        assert_eq!(digest(&["a"]), 0x0880_9545_50ab_1be9_5aa0_7330_55b7_51b9);
+        assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
     }
 }

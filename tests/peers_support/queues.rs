@@ -9,7 +9,7 @@ use crate::common::binary::{Worker, provision, run, stderr, stdout};
 use crate::common::eventually;
 use crate::common::ministack::{Ministack, Ministacks};
 use crate::common::stand::Stand;
-use crate::suite::faults::{checkpoint, picky_replica, put_kind};
+use crate::suite::faults::{checkpoint, picky_replica, picky_table, put_kind};
 
 pub async fn a_standard_queue_is_provisioned_once(peers: &Ministacks) {
     a_queue_is_provisioned_once(peers, "letters").await;
@@ -170,6 +170,38 @@ pub async fn poison_of_two_tables_meets_in_one_fifo_queue(peers: &Ministacks) {
         assert_letter(of_table.unwrap(), &stand, table, "poison");
     }
     assert!(worker.stop().await.success());
+}
+
+/// Two groups may copy one source table and share a queue: the same record is then two letters.
+pub async fn poison_of_two_groups_meets_in_one_fifo_queue(peers: &Ministacks) {
+    let stand = peers.stand();
+    let (table, copy) = (stand.table("orders"), stand.table("copy"));
+    picky_replica(&stand, &table).await;
+    picky_table(&stand, &copy).await;
+    let origin = peers.target.url();
+    let first = config_with_queue(&stand, &[&table], &origin, "letters.fifo");
+    let renamed = format!("name = \"{table}\"\nnames = {{ us-west-2 = \"{copy}\" }}");
+    let second = config_with_queue(&stand, &[&renamed], &origin, "letters.fifo");
+    let other = format!("other-{}", stand.group());
+    let text = std::fs::read_to_string(&second).unwrap();
+    std::fs::write(&second, text.replace(&stand.group(), &other)).unwrap();
+    provision(&first);
+    provision(&second);
+    let workers = [
+        Worker::following(&first).await,
+        Worker::following(&second).await,
+    ];
+    put_kind(&stand, &table, "poison", true).await;
+    let letters = receive(&sqs(peers), peers, "letters.fifo", 2).await;
+    let mut groups: Vec<_> = letters
+        .iter()
+        .map(|letter| letter.attributes["group"].clone())
+        .collect();
+    groups.sort();
+    assert_eq!(groups, [stand.group(), other]);
+    for worker in workers {
+        assert!(worker.stop().await.success());
+    }
 }
 
 /// While the queue cannot be reached the checkpoint waits before the poison, readiness says why,

@@ -13,6 +13,11 @@ use crate::common::stand::{Stand, attribute, key, n, put, s, state_rows};
 /// A replica that refuses items whose `kind` is no string: it has an index that the source lacks.
 pub async fn picky_replica(stand: &Stand, table: &str) {
     stand.create_source(table).await;
+    picky_table(stand, table).await;
+}
+
+/// The replica of it alone.
+pub async fn picky_table(stand: &Stand, table: &str) {
     let index = GlobalSecondaryIndex::builder()
         .index_name("by-kind")
         .key_schema(key("kind", KeyType::Hash))
