@@ -66,23 +66,23 @@ impl Regions {
         #[cfg(feature = "embedded")]
         let mut embedded = Vec::new();
         for (label, region) in &config.regions {
-            let mut region = region.clone();
             let inside = region.is_embedded();
             #[cfg(feature = "embedded")]
-            if inside {
-                let server = crate::embedded::EmbeddedServer::start()
-                    .await
-                    .map_err(|error| {
-                        Failure::new(
-                            format!("The embedded region {label} could not start"),
-                            error.to_string(),
-                            "Free a loopback port and try again",
-                        )
-                    })?;
-                region.endpoint_url = Some(server.endpoint_url());
-                embedded.push(server);
-            }
-            let clients = connect_region(label, &region, inside).await;
+            let started = match inside {
+                true => Some(start_embedded(label).await?),
+                false => None,
+            };
+            #[cfg(feature = "embedded")]
+            let region = &match &started {
+                Some(server) => Region {
+                    endpoint_url: Some(server.endpoint_url()),
+                    ..region.clone()
+                },
+                None => region.clone(),
+            };
+            #[cfg(feature = "embedded")]
+            embedded.extend(started);
+            let clients = connect_region(label, region, inside).await;
             by_label.insert(label.clone(), clients);
         }
         Ok(Self {
@@ -101,6 +101,19 @@ impl Regions {
     pub fn iter(&self) -> impl Iterator<Item = &RegionClients> {
         self.by_label.values()
     }
+}
+
+#[cfg(feature = "embedded")]
+async fn start_embedded(label: &str) -> Result<crate::embedded::EmbeddedServer, Failure> {
+    crate::embedded::EmbeddedServer::start()
+        .await
+        .map_err(|error| {
+            Failure::new(
+                format!("The embedded region {label} could not start"),
+                error.to_string(),
+                "Free a loopback port and try again",
+            )
+        })
 }
 
 async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionClients {

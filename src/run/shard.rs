@@ -212,6 +212,7 @@ impl<'a> Consumer<'a> {
                             &self.shard,
                             &sequence,
                             bad.created_ms,
+                            bad.keys.as_ref(),
                             &bad.why,
                         );
                         self.deliver(slot, None, None, Class::Undecodable, letter);

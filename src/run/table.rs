@@ -15,7 +15,7 @@ use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::{Start, Table};
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::dynamo::table::{describe, enabled_stream};
+use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::error::{Class, Fault, Operation};
 use crate::lease::held::Lease;
 use crate::lease::row::{FORMAT_VERSION, GapReason, GapRow, ShardRow, StreamRow};
@@ -121,8 +121,13 @@ async fn identify(shared: &Shared, table: &Table) -> Result<Identity, Fault> {
                 "the source table is not there",
             )
         })?;
+    // A stream made anew may hold less than replication needs: records without new images would
+    // all be refused, so it is not followed at all.
+    let stream_arn = enabled_stream(&description)
+        .filter(|(_, view)| holds_new_images(*view))
+        .map(|(arn, _)| arn.to_owned());
     Ok(Identity {
-        stream_arn: enabled_stream(&description).map(|(arn, _)| arn.to_owned()),
+        stream_arn,
         table_id: description.table_id,
     })
 }
@@ -140,8 +145,8 @@ async fn accept(
         let fault = Fault::own(
             Operation::DescribeStream,
             Class::NotFound,
-            "no stream",
-            "the source table has no stream any more",
+            "no usable stream",
+            "the source table has no stream with new images any more",
         );
         health.failed(Scope::Source, &table.name, "stream", &fault);
         return None;
