@@ -555,8 +555,23 @@ impl TableContext {
     /// # Errors
     /// The fault of the call that failed.
     pub async fn children_of(&self, row: &ShardRow) -> Result<Vec<ShardId>, Fault> {
-        let lister = &self.shared.lister;
         let parent = row.shard();
+        // A listing may have shown them already, and then they have rows: no call is needed. A
+        // sibling that it lacked is found by the next one.
+        let known: Vec<ShardId> = self
+            .shared
+            .rows
+            .borrow()
+            .shards
+            .iter()
+            .filter(|other| other.stream_arn == row.stream_arn && other.epoch == row.epoch)
+            .filter(|other| other.parent_shard_id.contains(&row.shard_id))
+            .map(ShardRow::shard)
+            .collect();
+        if !known.is_empty() {
+            return Ok(known);
+        }
+        let lister = &self.shared.lister;
         let mut backoff = Backoff::new(CHILDREN_FIRST_PAUSE, CHILDREN_LONGEST_PAUSE);
         let mut children = Vec::new();
         for _ in 0..CHILDREN_ATTEMPTS {
