@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dynoxide::Database;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -64,10 +64,10 @@ impl EmbeddedServer {
             .enable_all()
             .build()
             .map_err(listen)?;
-        let bound = runtime.spawn(TcpListener::bind(address)).await;
-        // It fails only if the binding panicked.
-        let bound = bound.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let listener = bound.map_err(listen)?;
+        let listener = {
+            let _inside = runtime.enter();
+            listen_on(address).map_err(listen)?
+        };
         let bound = listener.local_addr().map_err(listen)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let served = database.clone();
@@ -129,6 +129,19 @@ impl Drop for EmbeddedServer {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Listens without Nagle's algorithm: accepted connections inherit the setting, and with it on
+/// every answer would wait for the client's delayed acknowledgement.
+fn listen_on(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_nodelay(true)?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(1024)
 }
 
 /// Opens an in-memory database with the indexes that dynoxide 3.2 lacks: without them its stream

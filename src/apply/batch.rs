@@ -1,0 +1,309 @@
+//! Sending: batches of 25, what came back unprocessed, and the search for what is refused.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
+
+use super::budget::Budget;
+use super::coalesce::Op;
+use crate::dynamo::item::ItemKey;
+use crate::error::{Class, Fault, Operation, Policy, classify};
+use crate::lease::held::Lease;
+use crate::observe::metrics;
+
+/// Operations of one `BatchWriteItem`; the service takes no more.
+pub const BATCH_OPS_MAX: usize = 25;
+/// Longest wait for the answer to a write.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A write is not sent when less than this is left of its lease.
+const LEASE_MARGIN: Duration = Duration::from_millis(100);
+/// Pause before a record that was refused alone is tried again.
+const REFUSED_PAUSE: Duration = Duration::from_millis(100);
+
+/// How the write of one change ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is durable.
+    Applied,
+    /// It is not known to be durable; send it again.
+    Returned,
+    /// The replica refused it alone, `attempts` times.
+    Refused {
+        /// Why.
+        fault: Fault,
+        /// How often it was tried alone.
+        attempts: u32,
+    },
+}
+
+/// How a batch ended.
+#[derive(Debug)]
+pub struct Sent {
+    /// Each change with its outcome.
+    pub outcomes: Vec<(Op, Outcome)>,
+    /// Why changes were returned, where the service gave a reason.
+    pub fault: Option<Fault>,
+}
+
+/// Writes to one replica table.
+pub struct Writer {
+    client: Client,
+    /// The replica table's name.
+    target: String,
+    /// The table's name in the configuration, for metrics.
+    table: String,
+    budget: Arc<Budget>,
+    max_attempts: u32,
+}
+
+/// What one call did to its operations.
+enum Answer {
+    /// All applied but these, by position.
+    Done {
+        unprocessed: Vec<usize>,
+    },
+    Failed(Fault),
+}
+
+impl Writer {
+    /// A writer of the table `target`. A record refused alone `max_attempts` times is poison.
+    pub fn new(
+        client: Client,
+        target: &str,
+        table: &str,
+        budget: Arc<Budget>,
+        max_attempts: u32,
+    ) -> Self {
+        Self {
+            client,
+            target: target.to_owned(),
+            table: table.to_owned(),
+            budget,
+            max_attempts,
+        }
+    }
+
+    /// Writes `ops` under `lease`. A batch that the replica rejects is bisected until each record
+    /// that it refuses stands alone. Returns early, with the rest unsent, at the first failure
+    /// that is not the records' own.
+    pub async fn write(&self, lease: &Lease, ops: Vec<Op>) -> Sent {
+        let mut outcomes = Vec::with_capacity(ops.len());
+        let mut fault = None;
+        // Depth first, so that at most one half for each halving waits here.
+        let mut groups: Vec<Vec<Op>> = vec![ops];
+        while let Some(mut group) = groups.pop() {
+            if fault.is_some() {
+                outcomes.extend(group.into_iter().map(|op| (op, Outcome::Returned)));
+                continue;
+            }
+            match self.send(lease, &group).await {
+                Answer::Done { unprocessed } => {
+                    if !unprocessed.is_empty() {
+                        fault = Some(Fault::own(
+                            Operation::Write,
+                            Class::Throttled,
+                            "UnprocessedItems",
+                            "the service returned part of a batch unprocessed",
+                        ));
+                    }
+                    for (index, op) in group.into_iter().enumerate() {
+                        let outcome = if unprocessed.contains(&index) {
+                            Outcome::Returned
+                        } else {
+                            Outcome::Applied
+                        };
+                        outcomes.push((op, outcome));
+                    }
+                }
+                Answer::Failed(refused) if refused.policy() == Policy::DeadLetter => {
+                    if group.len() > 1 {
+                        let right = group.split_off(group.len() / 2);
+                        groups.push(right);
+                        groups.push(group);
+                    } else if let Some(op) = group.pop() {
+                        let (outcome, other) = self.alone(lease, &op, refused).await;
+                        outcomes.push((op, outcome));
+                        fault = other;
+                    }
+                }
+                Answer::Failed(other) => {
+                    outcomes.extend(group.into_iter().map(|op| (op, Outcome::Returned)));
+                    fault = Some(other);
+                }
+            }
+        }
+        Sent { outcomes, fault }
+    }
+
+    /// Tries a record alone until it has been refused `max_attempts` times, counting the one that
+    /// gave `fault`.
+    async fn alone(&self, lease: &Lease, op: &Op, fault: Fault) -> (Outcome, Option<Fault>) {
+        let mut fault = fault;
+        let mut attempts = 1;
+        while attempts < self.max_attempts {
+            metrics::retried(&self.table, fault.class);
+            tokio::time::sleep(REFUSED_PAUSE).await;
+            match self.send(lease, std::slice::from_ref(op)).await {
+                Answer::Done { unprocessed } if unprocessed.is_empty() => {
+                    return (Outcome::Applied, None);
+                }
+                Answer::Done { .. } => return (Outcome::Returned, None),
+                Answer::Failed(again) if again.policy() == Policy::DeadLetter => {
+                    attempts += 1;
+                    fault = again;
+                }
+                Answer::Failed(other) => return (Outcome::Returned, Some(other)),
+            }
+        }
+        (Outcome::Refused { fault, attempts }, None)
+    }
+
+    /// One call, inside the lease.
+    async fn send(&self, lease: &Lease, ops: &[Op]) -> Answer {
+        let units: u32 = ops.iter().map(|op| op.change.units).sum();
+        self.budget.spend(units).await;
+        let left = lease.remaining();
+        if left <= LEASE_MARGIN {
+            return Answer::Failed(Fault::own(
+                Operation::State,
+                Class::Network,
+                "lease not renewed",
+                "the lease ended before the write could be sent",
+            ));
+        }
+        let requests = match ops.iter().map(request).collect::<Result<Vec<_>, _>>() {
+            Ok(requests) => requests,
+            Err(fault) => return Answer::Failed(fault),
+        };
+        let call = self
+            .client
+            .batch_write_item()
+            .request_items(&self.target, requests)
+            .send();
+        // Not answered before the lease's end is as good as not answered.
+        let timeout = ATTEMPT_TIMEOUT.min(left - LEASE_MARGIN);
+        let answer = match tokio::time::timeout(timeout, call).await {
+            Err(_) => Err(Fault::own(
+                Operation::Write,
+                Class::Network,
+                "no answer in time",
+                "the replica did not answer within the timeout or the lease",
+            )),
+            Ok(Err(error)) => Err(classify(Operation::Write, &error)),
+            Ok(Ok(output)) => Ok(output.unprocessed_items.unwrap_or_default()),
+        };
+        match answer {
+            Ok(unprocessed) => {
+                let unprocessed = positions(ops, unprocessed.into_values().flatten());
+                metrics::written(&self.table, ops.len() - unprocessed.len(), units);
+                Answer::Done { unprocessed }
+            }
+            Err(fault) => Answer::Failed(fault),
+        }
+    }
+}
+
+fn request(op: &Op) -> Result<WriteRequest, Fault> {
+    let unbuilt = |error: aws_sdk_dynamodb::error::BuildError| {
+        Fault::own(
+            Operation::Write,
+            Class::Unknown,
+            "request not built",
+            error.to_string(),
+        )
+    };
+    let builder = WriteRequest::builder();
+    Ok(match &op.change.new_image {
+        Some(image) => builder.put_request(
+            PutRequest::builder()
+                .set_item(Some(image.clone()))
+                .build()
+                .map_err(unbuilt)?,
+        ),
+        None => builder.delete_request(
+            DeleteRequest::builder()
+                .set_key(Some(op.change.keys.clone()))
+                .build()
+                .map_err(unbuilt)?,
+        ),
+    }
+    .build())
+}
+
+/// Positions in `ops` of the requests that came back. One that belongs to none of them makes all
+/// count as unprocessed: then nobody knows what was written.
+fn positions(ops: &[Op], unprocessed: impl Iterator<Item = WriteRequest>) -> Vec<usize> {
+    let mut unprocessed = unprocessed.peekable();
+    if unprocessed.peek().is_none() {
+        return Vec::new();
+    }
+    let by_key: HashMap<&ItemKey, usize> = ops
+        .iter()
+        .enumerate()
+        .map(|(index, op)| (&op.change.key, index))
+        .collect();
+    let mut found = Vec::new();
+    for request in unprocessed {
+        let key = match (request.put_request, request.delete_request) {
+            (Some(put), _) => {
+                let names = ops.first().map(|op| &op.change.keys);
+                let keys = put
+                    .item
+                    .into_iter()
+                    .filter(|(name, _)| names.is_some_and(|names| names.contains_key(name)))
+                    .collect();
+                ItemKey::new(&keys)
+            }
+            (None, Some(delete)) => ItemKey::new(&delete.key),
+            (None, None) => return (0..ops.len()).collect(),
+        };
+        match by_key.get(&key) {
+            Some(index) => found.push(*index),
+            None => return (0..ops.len()).collect(),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dynamo::value::Item;
+    use crate::stream::change::{Change, Event};
+    use crate::stream::sequence::SequenceNumber;
+    use aws_sdk_dynamodb::types::AttributeValue;
+
+    fn op(slot: u64, id: &str, delete: bool) -> Op {
+        let keys = Item::from([("id".to_owned(), AttributeValue::S(id.to_owned()))]);
+        let mut image = keys.clone();
+        image.insert("v".into(), AttributeValue::Bool(true));
+        Op {
+            slot,
+            change: Arc::new(Change {
+                sequence: SequenceNumber::parse("1").unwrap(),
+                event: if delete { Event::Remove } else { Event::Insert },
+                key: ItemKey::new(&keys),
+                keys,
+                new_image: (!delete).then_some(image),
+                old_image: None,
+                created_ms: 0,
+                bytes: 0,
+                units: 1,
+                ttl_delete: false,
+            }),
+        }
+    }
+
+    #[test]
+    fn unprocessed_requests_are_matched_to_their_changes() {
+        let ops = [op(0, "a", false), op(1, "b", true), op(2, "c", false)];
+        let back = |index: usize| request(&ops[index]).unwrap();
+        assert_eq!(positions(&ops, [back(2), back(1)].into_iter()), [2, 1]);
+        assert!(positions(&ops, std::iter::empty()).is_empty());
+        let stranger = request(&op(9, "z", false)).unwrap();
+        assert_eq!(positions(&ops, [stranger].into_iter()), [0, 1, 2]);
+    }
+}

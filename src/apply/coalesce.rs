@@ -1,0 +1,311 @@
+//! What of a shard is under way: order per key, coalescing, and the low watermark. Pure.
+//!
+//! A [`Window`] holds the changes of one shard between "read" and "durable", in stream order,
+//! each in a *slot*. Of one key at most one write is outstanding. A change is done when
+//!
+//! * it was applied, or
+//! * a later change of its key was applied (it was coalesced), or
+//! * it is in the dead-letter queue.
+//!
+//! The watermark is the last slot before which everything is done: the checkpoint follows it.
+//!
+//! ```text
+//!            push          take            applied
+//!   record ───────▶ waiting ─────▶ in flight ──────▶ done
+//!                     ▲              │    │
+//!                     └── returned ──┘    └─ refused ─▶ poison ── dead_lettered ─▶ done
+//! ```
+//!
+//! A newer change may replace one that waits or came back unprocessed, never one in flight. If
+//! the newest turns out to be poison, the last acceptable one before it is written after all.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::dynamo::item::ItemKey;
+use crate::stream::change::Change;
+use crate::stream::sequence::SequenceNumber;
+
+/// Names a change within its window; grows in stream order.
+pub type SlotId = u64;
+
+/// One change handed out to be written.
+#[derive(Debug, Clone)]
+pub struct Op {
+    /// Its slot, to answer with.
+    pub slot: SlotId,
+    /// What to write.
+    pub change: Arc<Change>,
+}
+
+/// How far everything is durable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Durable {
+    /// The last sequence number with nothing undone before it.
+    pub sequence: SequenceNumber,
+    /// When the source made it, in milliseconds since the epoch.
+    pub created_ms: i64,
+}
+
+/// The changes of one shard between "read" and "durable".
+#[derive(Debug)]
+pub struct Window {
+    coalesce: bool,
+    slots: VecDeque<Slot>,
+    /// Slot id of `slots[0]`.
+    first: SlotId,
+    keys: HashMap<ItemKey, KeyQueue>,
+    /// Keys with something to send and nothing in flight, longest waiting first.
+    ready: VecDeque<ItemKey>,
+    durable: Option<Durable>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Slot {
+    sequence: SequenceNumber,
+    created_ms: i64,
+    bytes: usize,
+    done: bool,
+}
+
+#[derive(Debug, Default)]
+struct KeyQueue {
+    entries: VecDeque<Entry>,
+    in_flight: Option<SlotId>,
+    /// Whether the key stands in `ready`.
+    listed: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    slot: SlotId,
+    change: Arc<Change>,
+    /// Refused for good; done once it is dead-lettered.
+    poison: bool,
+}
+
+impl KeyQueue {
+    fn candidate(&self, coalesce: bool) -> Option<&Entry> {
+        let mut waiting = self.entries.iter().filter(|entry| !entry.poison);
+        if coalesce {
+            waiting.next_back()
+        } else {
+            waiting.next()
+        }
+    }
+
+    fn index_of(&self, slot: SlotId) -> Option<usize> {
+        self.entries
+            .binary_search_by_key(&slot, |entry| entry.slot)
+            .ok()
+    }
+}
+
+impl Window {
+    /// An empty window.
+    pub fn new(coalesce: bool) -> Self {
+        Self {
+            coalesce,
+            slots: VecDeque::new(),
+            first: 0,
+            keys: HashMap::new(),
+            ready: VecDeque::new(),
+            durable: None,
+            bytes: 0,
+        }
+    }
+
+    /// Bytes of the changes held, about.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether everything pushed is done.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Whether something could be sent now.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// When the source made the oldest change not done, in milliseconds since the epoch.
+    pub fn oldest_open_ms(&self) -> Option<i64> {
+        self.slots.front().map(|slot| slot.created_ms)
+    }
+
+    /// How far everything is durable; `None` before the first change is.
+    pub fn durable(&self) -> Option<&Durable> {
+        self.durable.as_ref()
+    }
+
+    /// Takes in the next change of the stream.
+    pub fn push(&mut self, change: Change) -> SlotId {
+        let slot = self.open_slot(change.sequence.clone(), change.created_ms, change.bytes);
+        let key = change.key.clone();
+        self.keys
+            .entry(key.clone())
+            .or_default()
+            .entries
+            .push_back(Entry {
+                slot,
+                change: Arc::new(change),
+                poison: false,
+            });
+        self.list(&key);
+        slot
+    }
+
+    /// Takes in a record that needs no write: it is done at once, in its order.
+    pub fn push_done(&mut self, sequence: SequenceNumber, created_ms: i64) {
+        let slot = self.open_slot(sequence, created_ms, 0);
+        self.done(slot);
+    }
+
+    /// Takes in a record that no write can be made of. It is done once [dead-lettered]
+    /// (Self::dead_lettered).
+    pub fn push_poison(&mut self, sequence: SequenceNumber, created_ms: i64) -> SlotId {
+        self.open_slot(sequence, created_ms, 0)
+    }
+
+    /// Hands out up to `ops_max` changes of distinct keys, none of which has a write outstanding.
+    /// Each must be answered by [`applied`](Self::applied), [`returned`](Self::returned) or
+    /// [`refused`](Self::refused).
+    pub fn take(&mut self, ops_max: usize) -> Vec<Op> {
+        let mut ops = Vec::with_capacity(ops_max.min(self.ready.len()));
+        while ops.len() < ops_max {
+            let Some(key) = self.ready.pop_front() else {
+                break;
+            };
+            let Some(queue) = self.keys.get_mut(&key) else {
+                continue;
+            };
+            queue.listed = false;
+            if queue.in_flight.is_some() {
+                continue;
+            }
+            let Some(entry) = queue.candidate(self.coalesce) else {
+                continue;
+            };
+            let op = Op {
+                slot: entry.slot,
+                change: Arc::clone(&entry.change),
+            };
+            queue.in_flight = Some(op.slot);
+            ops.push(op);
+        }
+        ops
+    }
+
+    /// The write of `op` is durable. Returns the changes that this finished: `op` itself last, and
+    /// before it those of its key that it coalesced.
+    pub fn applied(&mut self, op: &Op) -> Vec<Arc<Change>> {
+        let key = &op.change.key;
+        let Some(queue) = self.keys.get_mut(key) else {
+            return Vec::new();
+        };
+        queue.in_flight = None;
+        let mut finished = Vec::new();
+        let mut slots = Vec::new();
+        queue.entries.retain(|entry| {
+            // A poison change before it stays until it is dead-lettered.
+            let is_finished = entry.slot <= op.slot && !entry.poison;
+            if is_finished {
+                slots.push(entry.slot);
+                finished.push(Arc::clone(&entry.change));
+            }
+            !is_finished
+        });
+        for slot in slots {
+            self.done(slot);
+        }
+        self.list(key);
+        finished
+    }
+
+    /// The write of `op` did not happen, or nobody knows: it is sent again, or a newer change of
+    /// its key in its place.
+    pub fn returned(&mut self, op: &Op) {
+        if let Some(queue) = self.keys.get_mut(&op.change.key) {
+            queue.in_flight = None;
+        }
+        self.list(&op.change.key);
+    }
+
+    /// The replica can never take `op`. It is done once [dead-lettered](Self::dead_lettered);
+    /// other changes of its key go on.
+    pub fn refused(&mut self, op: &Op) {
+        if let Some(queue) = self.keys.get_mut(&op.change.key) {
+            queue.in_flight = None;
+            if let Some(index) = queue.index_of(op.slot) {
+                queue.entries[index].poison = true;
+            }
+        }
+        self.list(&op.change.key);
+    }
+
+    /// The change in `slot` is durable in the dead-letter queue. `key` is `None` for one that
+    /// came by [`push_poison`](Self::push_poison).
+    pub fn dead_lettered(&mut self, slot: SlotId, key: Option<&ItemKey>) {
+        if let Some(key) = key
+            && let Some(queue) = self.keys.get_mut(key)
+            && let Some(index) = queue.index_of(slot)
+        {
+            queue.entries.remove(index);
+            self.list(key);
+        }
+        self.done(slot);
+    }
+
+    fn open_slot(&mut self, sequence: SequenceNumber, created_ms: i64, bytes: usize) -> SlotId {
+        let slot = self.first + self.slots.len() as u64;
+        self.bytes += bytes;
+        self.slots.push_back(Slot {
+            sequence,
+            created_ms,
+            bytes,
+            done: false,
+        });
+        slot
+    }
+
+    /// Puts a key with something to send into the ready list, and forgets one with nothing left.
+    fn list(&mut self, key: &ItemKey) {
+        let Some(queue) = self.keys.get_mut(key) else {
+            return;
+        };
+        if queue.entries.is_empty() && queue.in_flight.is_none() {
+            self.keys.remove(key);
+            return;
+        }
+        if !queue.listed && queue.in_flight.is_none() && queue.candidate(self.coalesce).is_some() {
+            queue.listed = true;
+            self.ready.push_back(key.clone());
+        }
+    }
+
+    /// Marks a slot done and moves the watermark as far as everything before it is.
+    fn done(&mut self, slot: SlotId) {
+        let index = slot.checked_sub(self.first).map(|index| index as usize);
+        if let Some(slot) = index.and_then(|index| self.slots.get_mut(index)) {
+            slot.done = true;
+        }
+        while self.slots.front().is_some_and(|slot| slot.done) {
+            let Some(slot) = self.slots.pop_front() else {
+                break;
+            };
+            self.first += 1;
+            self.bytes = self.bytes.saturating_sub(slot.bytes);
+            self.durable = Some(Durable {
+                sequence: slot.sequence,
+                created_ms: slot.created_ms,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "coalesce_tests.rs"]
+mod tests;

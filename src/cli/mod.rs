@@ -1,0 +1,225 @@
+//! The commands: arguments in, one exit code out. Answers go to stdout, all else to stderr.
+
+#[cfg(feature = "embedded")]
+mod demo;
+#[cfg(feature = "embedded")]
+mod demo_load;
+mod health;
+mod provision;
+mod run;
+mod status;
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::read::{Loaded, load};
+use crate::error::{Exit, Failure};
+
+/// Keeps DynamoDB tables alive in a second region.
+#[derive(Debug, Parser)]
+#[command(name = "farshore", version, about, long_about = None, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Arguments of every command.
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// The configuration file, the same in every region
+    #[arg(
+        long,
+        global = true,
+        env = "FARSHORE_CONFIG",
+        default_value = "farshore.toml",
+        value_name = "FILE"
+    )]
+    config: PathBuf,
+    /// Form of the log on stderr
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    /// Lines for people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Feeds this region's replicas from the active region, for as long as it runs
+    ///
+    /// Reads the stream of every table in the active region and replays it into the replicas
+    /// here. Metrics and health are served on worker.listen. SIGTERM or Ctrl-C drains,
+    /// checkpoints and releases. Exit code 0: drained; 1: the grace ran out; 2: could not start.
+    Run,
+    /// Shows shards, owners, checkpoints and gaps from the state table of this region
+    ///
+    /// Exit code 0: nothing needs a person; 1: a gap is open or a shard has no owner; 2: could not
+    /// read.
+    Status(status::Args),
+    /// Creates replica tables, the state table with its control record, and the queue
+    ///
+    /// Without --apply it prints what it would do. It changes nothing that exists.
+    Provision(provision::Args),
+    /// Asks a running worker whether it lives: the probe of a container
+    Health,
+    /// Two embedded regions, a live workload, the worker; ends with a comparison of both tables
+    #[cfg(feature = "embedded")]
+    Demo(demo::Args),
+}
+
+/// Parses the command line, runs the command, and says how it ended.
+pub fn main() -> Exit {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are answers, not errors. A stream that is closed takes no text.
+            let _ = error.print();
+            return if error.use_stderr() {
+                Exit::CouldNotRun
+            } else {
+                Exit::Done
+            };
+        }
+    };
+    let quiet = match &cli.command {
+        #[cfg(feature = "embedded")]
+        Command::Demo(_) => true,
+        Command::Run => false,
+        _ => true,
+    };
+    start_logging(cli.common.log_format, quiet);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(dispatch(cli));
+            // A resolver thread or a half-open connection must not hold the exit.
+            runtime.shutdown_background();
+            outcome
+        }
+        Err(error) => Err(Failure::new(
+            "The program could not start its threads",
+            error.to_string(),
+            "Raise the limit of threads of this user or container",
+        )),
+    };
+    match outcome {
+        Ok(exit) => exit,
+        Err(failure) => {
+            let _ = write!(std::io::stderr(), "{failure}");
+            Exit::CouldNotRun
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<Exit, Failure> {
+    match cli.command {
+        Command::Run => run::run(loaded(&cli.common)?).await,
+        Command::Status(args) => status::run(loaded(&cli.common)?, &args).await,
+        Command::Provision(args) => provision::run(loaded(&cli.common)?, &args).await,
+        Command::Health => health::run(loaded(&cli.common)?).await,
+        #[cfg(feature = "embedded")]
+        Command::Demo(args) => demo::run(&args).await,
+    }
+}
+
+fn loaded(common: &Common) -> Result<Loaded, Failure> {
+    let environment: Vec<(String, String)> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let loaded = load(&common.config, &environment)?;
+    for name in &loaded.unknown_variables {
+        tracing::warn!(
+            variable = name,
+            "this variable names no configuration key and is ignored"
+        );
+    }
+    Ok(loaded)
+}
+
+fn start_logging(format: LogFormat, quiet: bool) {
+    let default = if quiet { "warn" } else { "info" };
+    let filter = EnvFilter::try_from_env("FARSHORE_LOG").unwrap_or_else(|_| {
+        // What the SDK and the embedded server say of refused calls is said better by our errors.
+        EnvFilter::new(format!(
+            "{default},aws_config=error,aws_runtime=error,aws_smithy_runtime=error,dynoxide=error"
+        ))
+    });
+    let logging = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => logging
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .init(),
+        LogFormat::Json => logging.json().flatten_event(true).init(),
+    }
+}
+
+/// Prints an answer to stdout.
+///
+/// # Errors
+/// A closed or full stdout.
+fn answer(text: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.write_all(b"\n"))
+        .and_then(|()| stdout.flush())
+        .map_err(|error| {
+            Failure::new(
+                "The answer could not be printed",
+                error.to_string(),
+                "Give the command a stdout that takes its text",
+            )
+        })
+}
+
+/// Prints an answer as JSON to stdout.
+///
+/// # Errors
+/// As [`answer`].
+fn answer_json(value: &serde_json::Value) -> Result<(), Failure> {
+    // The alternate form of a JSON value is its indented one.
+    answer(&format!("{value:#}"))
+}
+
+/// A token that SIGTERM or Ctrl-C cancels.
+///
+/// # Errors
+/// When the signals cannot be received.
+fn stop_on_signal() -> Result<CancellationToken, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let failed = |error: std::io::Error| {
+        Failure::new(
+            "Signals cannot be received",
+            error.to_string(),
+            "Run on a system that delivers SIGTERM to this process",
+        )
+    };
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let stop = CancellationToken::new();
+    let stopped = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        stopped.cancel();
+    });
+    Ok(stop)
+}

@@ -1,0 +1,278 @@
+//! Every configuration key once: its dotted path, type, default and the reason for the default.
+//! Unknown keys, `FARSHORE_…` variables, `docs/CONFIGURATION.md` and `config/default.toml` are
+//! all held against this list.
+
+/// One configuration key.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Dotted path; `*` stands for a region's label, `[]` for an entry of a list.
+    pub path: &'static str,
+    /// Type, as the documentation names it.
+    pub kind: &'static str,
+    /// Default as it is written in a file; empty where there is none.
+    pub default: &'static str,
+    /// What it does, and why the default is what it is.
+    pub reason: &'static str,
+}
+
+const fn key(
+    path: &'static str,
+    kind: &'static str,
+    default: &'static str,
+    reason: &'static str,
+) -> Key {
+    Key {
+        path,
+        kind,
+        default,
+        reason,
+    }
+}
+
+/// All keys, in the order in which a file reads best.
+pub const KEYS: &[Key] = &[
+    key(
+        "group",
+        "string",
+        "",
+        "Names the group of tables that fail over together. Required: it is part of the state table's name.",
+    ),
+    key(
+        "active",
+        "label",
+        "",
+        "The active region until a control record exists; afterwards the record decides. Required.",
+    ),
+    key(
+        "here",
+        "label",
+        "AWS_REGION",
+        "The region this process feeds, as a label or an AWS region name. The environment knows it, so one file serves all regions.",
+    ),
+    key(
+        "regions.*.region",
+        "string",
+        "the label",
+        "AWS region name.",
+    ),
+    key(
+        "regions.*.endpoint_url",
+        "URL",
+        "",
+        "Endpoint of DynamoDB and its streams; `embedded` starts one inside the process. AWS's own by default.",
+    ),
+    key(
+        "regions.*.streams_endpoint_url",
+        "URL",
+        "",
+        "Endpoint of the streams where it differs: PrivateLink has no private DNS for them.",
+    ),
+    key(
+        "regions.*.profile",
+        "string",
+        "",
+        "Profile of the shared credentials file. The SDK's chain by default.",
+    ),
+    key(
+        "regions.*.role_arn",
+        "ARN",
+        "",
+        "Role to assume for this region, for a copy in another account.",
+    ),
+    key(
+        "regions.*.external_id",
+        "string",
+        "",
+        "External id presented when assuming the role.",
+    ),
+    key(
+        "tables[].name",
+        "string",
+        "",
+        "The table, by its name in every region that `names` does not list. Required.",
+    ),
+    key(
+        "tables[].names.*",
+        "string",
+        "",
+        "The table's name in single regions, by label.",
+    ),
+    key(
+        "tables[].start",
+        "\"trim-horizon\" \\| \"latest\" \\| time",
+        "\"trim-horizon\"",
+        "Where the first run starts. The oldest record: a copy that starts too early is right, one that starts too late is not.",
+    ),
+    key(
+        "tables[].ttl_deletes",
+        "\"replicate\" \\| \"skip\"",
+        "\"replicate\"",
+        "What happens to deletes made by TTL. Replicated: TTL is off on replicas, so nothing else removes these items.",
+    ),
+    key(
+        "tables[].units_per_second",
+        "number",
+        "",
+        "Overrides `writes.units_per_second` for this table.",
+    ),
+    key(
+        "tables[].coalesce",
+        "boolean",
+        "",
+        "Overrides `writes.coalesce` for this table.",
+    ),
+    key(
+        "worker.listen",
+        "address",
+        "\"127.0.0.1:9464\"",
+        "Address of metrics and health. Loopback: metrics name tables; who wants them outside says so (the container image does).",
+    ),
+    key(
+        "worker.poll_interval",
+        "duration",
+        "\"250ms\"",
+        "Pause between reads of a shard while records come; after a full page it reads on at once. Lambda polls at this rate.",
+    ),
+    key(
+        "worker.idle_interval",
+        "duration",
+        "\"1s\"",
+        "Longest pause between reads of an idle shard. GetRecords is billed by the call.",
+    ),
+    key(
+        "worker.concurrency",
+        "number",
+        "8",
+        "Batches in flight per shard. Eight of 25 keep a shard's 1,000 writes/s going over 100 ms of distance.",
+    ),
+    key(
+        "worker.read_ahead",
+        "size",
+        "\"4 MiB\"",
+        "Bytes of records held per shard ahead of what is durable: a few of the largest pages wait while one is written.",
+    ),
+    key(
+        "worker.checkpoint_every",
+        "duration",
+        "\"1s\"",
+        "Least time between checkpoints of a shard: what a crash replays. Each is one conditional write.",
+    ),
+    key(
+        "worker.discover_every",
+        "duration",
+        "\"30s\"",
+        "Time between complete listings of a stream. Children are asked for when their parent ends; this finds what that missed.",
+    ),
+    key(
+        "worker.shutdown_grace",
+        "duration",
+        "\"25s\"",
+        "Time to drain after SIGTERM or Ctrl-C. ECS and Kubernetes kill after 30 s.",
+    ),
+    key(
+        "leases.table",
+        "string",
+        "farshore-<group>",
+        "Name of the state table.",
+    ),
+    key(
+        "leases.duration",
+        "duration",
+        "\"10s\"",
+        "How long a lease outlives its last renewal. A dead worker's shards wait this long; two renewals may fail before it.",
+    ),
+    key(
+        "writes.units_per_second",
+        "number",
+        "4000",
+        "Write units per second and table, for each worker; 0 means no limit. What a new on-demand table takes without throttling.",
+    ),
+    key(
+        "writes.coalesce",
+        "boolean",
+        "true",
+        "Of several changes of one item that wait together only the last is written. The replica ends the same and costs less.",
+    ),
+    key(
+        "dead_letters.queue_url",
+        "URL",
+        "",
+        "SQS queue in the replica region for records the replica can never take. This or `directory` is required.",
+    ),
+    key(
+        "dead_letters.endpoint_url",
+        "URL",
+        "",
+        "Endpoint of SQS. The origin of `queue_url` by default.",
+    ),
+    key(
+        "dead_letters.directory",
+        "path",
+        "",
+        "A directory of JSON lines instead of a queue, for one host.",
+    ),
+    key(
+        "dead_letters.max_attempts",
+        "number",
+        "3",
+        "How often a record is tried alone before it counts as poison. A refusal of the data does not pass by itself; more tries rule out a schema change under way.",
+    ),
+];
+
+/// Whether the concrete dotted `path` (labels and list indexes filled in) fits the pattern of a
+/// key.
+pub fn matches(pattern: &str, path: &[&str]) -> bool {
+    let expected: Vec<&str> = segments(pattern);
+    expected.len() == path.len()
+        && expected
+            .iter()
+            .zip(path)
+            .all(|(want, have)| *want == "*" || want == have)
+}
+
+/// Whether `path` is a table that holds keys rather than a key.
+pub fn is_section(path: &[&str]) -> bool {
+    KEYS.iter().any(|key| {
+        let expected = segments(key.path);
+        expected.len() > path.len()
+            && expected
+                .iter()
+                .zip(path)
+                .all(|(want, have)| *want == "*" || want == have)
+    })
+}
+
+/// The pattern's parts; a list entry is a part `[]` of its own.
+fn segments(pattern: &str) -> Vec<&str> {
+    pattern
+        .split('.')
+        .flat_map(|part| match part.strip_suffix("[]") {
+            Some(name) => vec![name, "[]"],
+            None => vec![part],
+        })
+        .collect()
+}
+
+/// The known key nearest to a mistyped `path`, filled with the path's own labels.
+pub fn nearest(path: &[&str]) -> Option<String> {
+    let wanted = path.join(".");
+    KEYS.iter()
+        .map(|key| {
+            let mut parts = segments(key.path);
+            for (part, have) in parts.iter_mut().zip(path) {
+                if *part == "*" {
+                    *part = have;
+                }
+            }
+            parts.join(".")
+        })
+        .map(|candidate| (strsim::damerau_levenshtein(&candidate, &wanted), candidate))
+        .filter(|(distance, _)| *distance <= 2 + wanted.len() / 4)
+        .min()
+        .map(|(_, candidate)| display(&candidate.split('.').collect::<Vec<_>>()))
+}
+
+/// A path for people: list entries as `tables[]`.
+pub fn display(path: &[&str]) -> String {
+    path.join(".").replace(".[]", "[]")
+}

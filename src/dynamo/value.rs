@@ -1,0 +1,161 @@
+//! Attribute values: from the Streams types to the DynamoDB types, and their size.
+//!
+//! The SDK has two `AttributeValue` types that mean the same. Records come in one and are
+//! written in the other, so values are moved across, never cloned.
+
+use std::collections::HashMap;
+
+use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodbstreams::types::AttributeValue as StreamValue;
+
+/// An item as DynamoDB's client takes it.
+pub type Item = HashMap<String, AttributeValue>;
+
+/// A value of a type that this version's SDK does not know. It is poison: writing it would lose
+/// what it holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the record holds an attribute of a type this version does not know")]
+pub struct UnknownType;
+
+/// Moves a Streams item into a DynamoDB item.
+///
+/// # Errors
+/// [`UnknownType`] where any value in it, at any depth, is of an unknown type.
+pub fn item_from_stream(item: HashMap<String, StreamValue>) -> Result<Item, UnknownType> {
+    item.into_iter()
+        .map(|(name, value)| Ok((name, from_stream(value)?)))
+        .collect()
+}
+
+/// Moves one Streams value into a DynamoDB value.
+fn from_stream(value: StreamValue) -> Result<AttributeValue, UnknownType> {
+    Ok(match value {
+        StreamValue::S(text) => AttributeValue::S(text),
+        StreamValue::N(number) => AttributeValue::N(number),
+        // Both blobs are the same type of aws-smithy-types.
+        StreamValue::B(bytes) => AttributeValue::B(bytes),
+        StreamValue::Bool(flag) => AttributeValue::Bool(flag),
+        StreamValue::Null(flag) => AttributeValue::Null(flag),
+        StreamValue::Ss(set) => AttributeValue::Ss(set),
+        StreamValue::Ns(set) => AttributeValue::Ns(set),
+        StreamValue::Bs(set) => AttributeValue::Bs(set),
+        StreamValue::L(list) => AttributeValue::L(
+            list.into_iter()
+                .map(from_stream)
+                .collect::<Result<_, UnknownType>>()?,
+        ),
+        StreamValue::M(map) => AttributeValue::M(item_from_stream(map)?),
+        _ => return Err(UnknownType),
+    })
+}
+
+/// Size of an item in bytes as DynamoDB counts it: names and values, three bytes for each list
+/// or map and one for each of their elements.
+/// Source: the developer guide, "DynamoDB item sizes and formats".
+pub fn item_bytes(item: &Item) -> usize {
+    item.iter()
+        .map(|(name, value)| name.len() + value_bytes(value))
+        .sum()
+}
+
+fn value_bytes(value: &AttributeValue) -> usize {
+    match value {
+        AttributeValue::S(text) => text.len(),
+        AttributeValue::N(number) => number_bytes(number),
+        AttributeValue::B(bytes) => bytes.as_ref().len(),
+        AttributeValue::Ss(set) => set.iter().map(String::len).sum(),
+        AttributeValue::Ns(set) => set.iter().map(|number| number_bytes(number)).sum(),
+        AttributeValue::Bs(set) => set.iter().map(|bytes| bytes.as_ref().len()).sum(),
+        AttributeValue::L(list) => {
+            3 + list
+                .iter()
+                .map(|value| 1 + value_bytes(value))
+                .sum::<usize>()
+        }
+        AttributeValue::M(map) => 3 + map.len() + item_bytes(map),
+        _ => 1,
+    }
+}
+
+/// About one byte for two digits and one more, as the guide says.
+fn number_bytes(number: &str) -> usize {
+    let digits = number.bytes().filter(u8::is_ascii_digit).count();
+    digits.div_ceil(2) + 1 + usize::from(number.starts_with('-'))
+}
+
+/// A number in one spelling: equal numbers give equal text. `1`, `1.0`, `+1` and `10e-1` are all
+/// the same key to DynamoDB. Text that is no number comes back unchanged.
+pub fn canonical_number(text: &str) -> String {
+    let (negative, rest) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let (mantissa, exponent) = match rest.find(['e', 'E']) {
+        Some(at) => match rest[at + 1..].parse::<i64>() {
+            Ok(exponent) => (&rest[..at], exponent),
+            Err(_) => return text.to_owned(),
+        },
+        None => (rest, 0),
+    };
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = format!("{whole}{fraction}");
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return text.to_owned();
+    }
+    // The value is 0.<digits> · 10^point.
+    let leading = digits.len() - digits.trim_start_matches('0').len();
+    let significant = digits.trim_matches('0');
+    if significant.is_empty() {
+        return "0".to_owned();
+    }
+    let point = whole.len() as i64 - leading as i64 + exponent;
+    format!("{}0.{significant}e{point}", if negative { "-" } else { "" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn equal_numbers_have_one_spelling() {
+        for (left, right) in [
+            ("1", "1.0"),
+            ("1", "+1"),
+            ("1", "10e-1"),
+            ("100", "1E2"),
+            ("0.05", "5e-2"),
+            ("-0", "0.000"),
+            ("00120.500", "120.5"),
+        ] {
+            assert_eq!(
+                canonical_number(left),
+                canonical_number(right),
+                "{left} {right}"
+            );
+        }
+        for (left, right) in [("1", "-1"), ("1", "10"), ("0.1", "0.01"), ("12", "1.2")] {
+            assert_ne!(
+                canonical_number(left),
+                canonical_number(right),
+                "{left} {right}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn shifting_the_point_changes_nothing(n in -1_000_000i64..1_000_000, shift in 0usize..6) {
+            let moved = format!("{n}{}e-{shift}", "0".repeat(shift));
+            prop_assert_eq!(canonical_number(&n.to_string()), canonical_number(&moved));
+        }
+
+        #[test]
+        fn different_integers_stay_different(a in any::<i64>(), b in any::<i64>()) {
+            prop_assert_eq!(
+                a == b,
+                canonical_number(&a.to_string()) == canonical_number(&b.to_string())
+            );
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! One-shot work. Every job that changes something makes a plan first and applies it only when
+//! told to.
+
+pub mod compare;
+#[cfg(feature = "embedded")]
+pub mod local;
+pub mod provision;

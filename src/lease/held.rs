@@ -1,0 +1,224 @@
+//! A lease this process owns: renewed, checkpointed, released, and known to be lost.
+
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use super::row::{SHARD_END, ShardRow};
+use super::rules::{Refused, after_refusal};
+use super::table::{StateTable, Written};
+use crate::dynamo::clock::host_ms;
+use crate::error::{Class, Fault, Operation};
+use crate::stream::ShardId;
+use crate::stream::sequence::SequenceNumber;
+
+/// How far a shard is applied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The last sequence number that is durable with all before it; `None` leaves it as it is.
+    pub sequence: Option<SequenceNumber>,
+    /// Up to which moment of the source everything is applied, in milliseconds.
+    pub watermark_ms: Option<i64>,
+    /// Seconds until the stream forgets the oldest record not applied.
+    pub headroom_s: Option<i64>,
+}
+
+/// A shard's lease, held by this process until [`lost`](Lease::lost) or released.
+///
+/// Its end is counted from before its last renewal was *sent*: whoever observes the row cannot
+/// have seen the counter move earlier than that.
+pub struct Lease {
+    state: StateTable,
+    owner: String,
+    duration: Duration,
+    /// The row as this process last knew it. The lock makes updates of one row follow each other.
+    row: Mutex<ShardRow>,
+    /// Until when the lease is good, by this host's monotonic clock.
+    valid_until: StdMutex<Instant>,
+    /// Cancelled when somebody else has the lease.
+    lost: CancellationToken,
+    shard: ShardId,
+}
+
+impl Lease {
+    /// Takes the lease of `row`. `None` if somebody else was faster.
+    ///
+    /// # Errors
+    /// The fault of the call; whether the lease was taken is then unknown, and it is left to
+    /// expire.
+    pub async fn take(
+        state: &StateTable,
+        mut row: ShardRow,
+        owner: &str,
+        duration: Duration,
+    ) -> Result<Option<Arc<Self>>, Fault> {
+        let known_counter = row.lease_counter;
+        row.lease_owner = Some(owner.to_owned());
+        row.lease_counter += 1;
+        row.owner_switches_since_checkpoint += 1;
+        row.updated_at = Some(host_ms());
+        let sent = Instant::now();
+        match state.replace(&row, known_counter).await? {
+            Written::Refused => Ok(None),
+            Written::Yes => Ok(Some(Arc::new(Self {
+                state: state.clone(),
+                owner: owner.to_owned(),
+                duration,
+                shard: row.shard(),
+                row: Mutex::new(row),
+                valid_until: StdMutex::new(sent + duration),
+                lost: CancellationToken::new(),
+            }))),
+        }
+    }
+
+    /// The shard it is for.
+    pub fn shard(&self) -> &ShardId {
+        &self.shard
+    }
+
+    /// The row as last known.
+    pub async fn row(&self) -> ShardRow {
+        self.row.lock().await.clone()
+    }
+
+    /// Cancelled once somebody else has the lease.
+    pub fn lost(&self) -> &CancellationToken {
+        &self.lost
+    }
+
+    /// How long the lease is still good. Zero when expired or lost.
+    pub fn remaining(&self) -> Duration {
+        if self.lost.is_cancelled() {
+            return Duration::ZERO;
+        }
+        // A poisoned lock still holds a whole instant.
+        let until = *self
+            .valid_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        until.saturating_duration_since(Instant::now())
+    }
+
+    /// Renews the lease without changing anything else.
+    ///
+    /// # Errors
+    /// The fault of the call, or class `Condition` when the lease is lost.
+    pub async fn renew(&self) -> Result<(), Fault> {
+        self.update(|_| {}).await
+    }
+
+    /// Stores how far the shard is applied. Renews the lease as well.
+    ///
+    /// # Errors
+    /// As [`renew`](Self::renew).
+    pub async fn checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), Fault> {
+        self.update(|row| {
+            if let Some(sequence) = &checkpoint.sequence
+                && row.checkpoint != sequence.as_str()
+            {
+                row.checkpoint = sequence.as_str().to_owned();
+                row.owner_switches_since_checkpoint = 0;
+            }
+            row.watermark = checkpoint.watermark_ms.or(row.watermark);
+            row.headroom = checkpoint.headroom_s;
+        })
+        .await
+    }
+
+    /// Says that the shard was applied to its end, and names its children, which must have rows.
+    ///
+    /// # Errors
+    /// As [`renew`](Self::renew).
+    pub async fn finish(&self, children: &[ShardId]) -> Result<(), Fault> {
+        self.update(|row| {
+            row.checkpoint = SHARD_END.to_owned();
+            row.child_shard_ids = children.iter().map(|child| child.0.clone()).collect();
+            row.owner_switches_since_checkpoint = 0;
+            row.headroom = None;
+        })
+        .await
+    }
+
+    /// Gives the lease up: clears the owner and keeps the row, so that its counter only grows.
+    /// Only for a shard with nothing in flight.
+    ///
+    /// # Errors
+    /// As [`renew`](Self::renew).
+    pub async fn release(&self) -> Result<(), Fault> {
+        let result = self.update(|row| row.lease_owner = None).await;
+        self.lost.cancel();
+        result
+    }
+
+    /// Writes the row on condition of its counter. An update whose answer was lost is recognised
+    /// as ours and built upon.
+    async fn update(&self, change: impl Fn(&mut ShardRow)) -> Result<(), Fault> {
+        let mut known = self.row.lock().await;
+        // Twice: the first refusal may be an echo of our own earlier update.
+        for _ in 0..2 {
+            if self.lost.is_cancelled() {
+                break;
+            }
+            let mut next = known.clone();
+            change(&mut next);
+            next.lease_counter = known.lease_counter + 1;
+            next.updated_at = Some(host_ms());
+            let sent = Instant::now();
+            match self.state.replace(&next, known.lease_counter).await? {
+                Written::Yes => {
+                    *known = next;
+                    self.extend(sent);
+                    return Ok(());
+                }
+                Written::Refused => {
+                    let current = self.state.shard(&known.lease_key).await?;
+                    match after_refusal(current.as_ref(), &self.owner, known.lease_counter) {
+                        Refused::StillOurs { counter } => {
+                            if let Some(current) = current {
+                                *known = current;
+                            }
+                            known.lease_counter = counter;
+                        }
+                        Refused::Lost => self.lost.cancel(),
+                    }
+                }
+            }
+        }
+        self.lost.cancel();
+        Err(Fault::own(
+            Operation::State,
+            Class::Condition,
+            "lease lost",
+            format!("another worker took the lease of {}", self.shard),
+        ))
+    }
+
+    fn extend(&self, sent: Instant) {
+        let mut until = self
+            .valid_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *until = (*until).max(sent + self.duration);
+    }
+
+    /// Renews the lease at a third of its duration until `stop` is cancelled or it is lost.
+    /// `report` hears of every renewal.
+    pub async fn keep(&self, stop: &CancellationToken, report: impl Fn(Result<(), &Fault>)) {
+        let pause = self.duration / 3;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.lost.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            match self.renew().await {
+                Ok(()) => report(Ok(())),
+                Err(_) if self.lost.is_cancelled() => return,
+                Err(fault) => report(Err(&fault)),
+            }
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! The rows of the state table (DESIGN section 4), read and written through `serde_dynamo`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::stream::ShardId;
+use crate::stream::lineage::Tracked;
+use crate::stream::reader::Position;
+use crate::stream::sequence::SequenceNumber;
+
+/// Version of the rows this binary writes. It refuses rows of a higher one.
+pub const FORMAT_VERSION: u32 = 1;
+/// Hash key of the state table.
+pub const KEY_ATTRIBUTE: &str = "leaseKey";
+/// Key of the control record.
+pub const CONTROL_KEY: &str = "control";
+
+/// KCL's sentinel for the oldest record.
+pub const TRIM_HORIZON: &str = "TRIM_HORIZON";
+/// KCL's sentinel for a start by time.
+pub const AT_TIMESTAMP: &str = "AT_TIMESTAMP";
+/// KCL's sentinel for a shard that was applied to its end.
+pub const SHARD_END: &str = "SHARD_END";
+
+/// What every row has. Read first, to tell what it is and whether it may be read at all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Head {
+    /// Hash key.
+    pub lease_key: String,
+    /// What kind of row it is.
+    pub entity_type: String,
+    /// Version of its form.
+    pub format_version: u32,
+}
+
+/// A row of the state table.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Row {
+    /// A shard's lease and checkpoint.
+    Shard(ShardRow),
+    /// Where the first run of a stream started.
+    Stream(StreamRow),
+    /// Which region is active.
+    Control(ControlRow),
+    /// Records that were never applied.
+    Gap(GapRow),
+    /// A kind this version does not use.
+    Other(Head),
+}
+
+/// `shard#<epoch>#<table>#<stream label>#<shard id>`: one shard's lease, with KCL's names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ShardRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `shard`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// Epoch the lease belongs to.
+    pub epoch: u64,
+    /// The table, by its name in the configuration.
+    pub table: String,
+    /// The stream the shard belongs to.
+    pub stream_arn: String,
+    /// The shard.
+    pub shard_id: String,
+    /// Owner with the nonce of its process start; absent after a release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_owner: Option<String>,
+    /// Grows with every update and never falls: all updates are conditional on it.
+    pub lease_counter: u64,
+    /// Last sequence number that is durable, with all before it, or a sentinel.
+    pub checkpoint: String,
+    /// Where `AT_TIMESTAMP` starts, in milliseconds since the epoch; kept afterwards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_timestamp: Option<i64>,
+    /// The shard it came from.
+    #[serde(
+        default,
+        with = "serde_dynamo::string_set",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub parent_shard_id: Vec<String>,
+    /// The shards that came from it, known once it has ended.
+    #[serde(
+        default,
+        with = "serde_dynamo::string_set",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub child_shard_ids: Vec<String>,
+    /// How often the owner changed since the checkpoint moved.
+    pub owner_switches_since_checkpoint: u64,
+    /// Up to which moment of the source everything in the shard is applied, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watermark: Option<i64>,
+    /// Seconds until the stream forgets the oldest record not applied, when last written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub headroom: Option<i64>,
+    /// When the row was last written by its owner, in milliseconds; for people, never for rules.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub updated_at: Option<i64>,
+}
+
+impl ShardRow {
+    /// A row for a shard that nobody has read yet. `start` is where it begins.
+    pub fn new(
+        epoch: u64,
+        table: &str,
+        stream_arn: &str,
+        shard: &ShardId,
+        parent: Option<&ShardId>,
+        start: &Position,
+    ) -> Self {
+        let (checkpoint, start_timestamp) = match start {
+            Position::TrimHorizon => (TRIM_HORIZON.to_owned(), None),
+            Position::AtTimestamp(ms) => (AT_TIMESTAMP.to_owned(), Some(*ms)),
+            Position::After(sequence) => (sequence.as_str().to_owned(), None),
+        };
+        Self {
+            lease_key: shard_key(epoch, table, stream_arn, shard),
+            entity_type: "shard".to_owned(),
+            format_version: FORMAT_VERSION,
+            epoch,
+            table: table.to_owned(),
+            stream_arn: stream_arn.to_owned(),
+            shard_id: shard.0.clone(),
+            lease_owner: None,
+            lease_counter: 0,
+            checkpoint,
+            start_timestamp,
+            parent_shard_id: parent.map(|parent| parent.0.clone()).into_iter().collect(),
+            child_shard_ids: Vec::new(),
+            owner_switches_since_checkpoint: 0,
+            watermark: None,
+            headroom: None,
+            updated_at: None,
+        }
+    }
+
+    /// The shard's id.
+    pub fn shard(&self) -> ShardId {
+        ShardId(self.shard_id.clone())
+    }
+
+    /// Whether the shard was applied to its end.
+    pub fn is_finished(&self) -> bool {
+        self.checkpoint == SHARD_END
+    }
+
+    /// Where to read on. `None` when finished or when the checkpoint is nothing this version
+    /// understands.
+    pub fn position(&self) -> Option<Position> {
+        match self.checkpoint.as_str() {
+            TRIM_HORIZON => Some(Position::TrimHorizon),
+            AT_TIMESTAMP => self.start_timestamp.map(Position::AtTimestamp),
+            SHARD_END => None,
+            number => SequenceNumber::parse(number).map(Position::After),
+        }
+    }
+
+    /// What the lineage rules need to know of it.
+    pub fn tracked(&self) -> Tracked {
+        Tracked {
+            parent: self.parent_shard_id.first().cloned().map(ShardId),
+            started: !matches!(self.checkpoint.as_str(), TRIM_HORIZON | AT_TIMESTAMP),
+            finished: self.is_finished(),
+        }
+    }
+}
+
+/// Key of a shard's row.
+pub fn shard_key(epoch: u64, table: &str, stream_arn: &str, shard: &ShardId) -> String {
+    let label = crate::stream::stream_label(stream_arn);
+    format!("shard#{epoch}#{table}#{label}#{shard}")
+}
+
+/// `stream#<epoch>#<table>#<stream label>`: where the first run of a stream started, resolved
+/// once, so that a crash between its leases cannot make some of them start elsewhere.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StreamRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `stream`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// The table, by its name in the configuration.
+    pub table: String,
+    /// The stream.
+    pub stream_arn: String,
+    /// Id of the source table: a re-created table has another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table_id: Option<String>,
+    /// Start of the shards of the first listing, in milliseconds; absent for the oldest record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_timestamp: Option<i64>,
+    /// Whether the shards of the first listing all have their rows. A shard found later starts
+    /// at its beginning.
+    pub initialised: bool,
+}
+
+impl StreamRow {
+    /// Key of a stream's row.
+    pub fn key(epoch: u64, table: &str, stream_arn: &str) -> String {
+        let label = crate::stream::stream_label(stream_arn);
+        format!("stream#{epoch}#{table}#{label}")
+    }
+
+    /// Where the shards of the first listing start.
+    pub fn start(&self) -> Position {
+        match self.start_timestamp {
+            Some(ms) => Position::AtTimestamp(ms),
+            None => Position::TrimHorizon,
+        }
+    }
+}
+
+/// `control`: which region is active, and since which epoch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ControlRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `control`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// The group it belongs to.
+    pub group: String,
+    /// Label of the active region.
+    pub active: String,
+    /// Number of the epoch; grows with every change of the active region.
+    pub epoch: u64,
+    /// Name of the epoch: number and target.
+    pub epoch_label: String,
+    /// `steady` unless a change is under way.
+    pub state: String,
+    /// Who wrote it.
+    pub by: String,
+    /// Why.
+    pub reason: String,
+    /// When, RFC 3339.
+    pub at: String,
+}
+
+impl ControlRow {
+    /// The first record of a group: epoch 1, `active` from the configuration.
+    pub fn first(group: &str, active: &str, by: &str, at: String) -> Self {
+        Self {
+            lease_key: CONTROL_KEY.to_owned(),
+            entity_type: "control".to_owned(),
+            format_version: FORMAT_VERSION,
+            group: group.to_owned(),
+            active: active.to_owned(),
+            epoch: 1,
+            epoch_label: format!("1-{active}"),
+            state: "steady".to_owned(),
+            by: by.to_owned(),
+            reason: "provisioned".to_owned(),
+            at,
+        }
+    }
+}
+
+/// Why records were never applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GapReason {
+    /// The source held items before the first lease, and nobody copied them.
+    NeverCopied,
+    /// The stream forgot records before they were read.
+    Trimmed,
+    /// The table's stream was re-created.
+    StreamRecreated,
+    /// A shard that was being read is gone before its end.
+    ShardVanished,
+}
+
+impl GapReason {
+    /// The name in rows, metrics and messages.
+    pub const fn label(self) -> &'static str {
+        match self {
+            GapReason::NeverCopied => "never-copied",
+            GapReason::Trimmed => "trimmed",
+            GapReason::StreamRecreated => "stream-recreated",
+            GapReason::ShardVanished => "shard-vanished",
+        }
+    }
+
+    /// What a person does about it: one sentence, without its full stop.
+    pub const fn next_step(self) -> &'static str {
+        match self {
+            GapReason::NeverCopied => {
+                "Copy what the source table held before replication began, then remove the row"
+            }
+            GapReason::Trimmed | GapReason::StreamRecreated | GapReason::ShardVanished => {
+                "Compare source and replica and mend what differs, then remove the row"
+            }
+        }
+    }
+}
+
+/// `gap#<epoch>#<table>#<reason>…`: records that were never applied, until a reconcile closes it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GapRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `gap`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// The table, by its name in the configuration.
+    pub table: String,
+    /// Why.
+    pub reason: GapReason,
+    /// Stream and shard, where it is one shard's.
+    pub detail: String,
+    /// When it was noticed, RFC 3339.
+    pub at: String,
+}
+
+impl GapRow {
+    /// A gap of `table`; `detail` names stream and shard and makes the key its own.
+    pub fn new(epoch: u64, table: &str, reason: GapReason, detail: &str, at: String) -> Self {
+        let label = reason.label();
+        Self {
+            lease_key: format!("gap#{epoch}#{table}#{label}#{detail}"),
+            entity_type: "gap".to_owned(),
+            format_version: FORMAT_VERSION,
+            table: table.to_owned(),
+            reason,
+            detail: detail.to_owned(),
+            at,
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The rules of ownership. Pure: rows and instants in, decisions out.
+//!
+//! ```text
+//!              take (counter + 1, owner = me)            counter moved by another
+//!   unowned ────────────────────────────────▶ held ────────────────────────────────▶ lost
+//!      ▲                                       │ │
+//!      └──────── release (owner cleared) ──────┘ └─ not renewed in time: expired by its own clock,
+//!                                                   nothing is sent any more; renewed late: held
+//! ```
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::row::ShardRow;
+
+/// When each row's counter was last seen to move, by the observer's own monotonic clock. Clocks
+/// of other machines are never compared.
+#[derive(Debug, Default)]
+pub struct Observer {
+    seen: HashMap<String, (u64, Instant)>,
+}
+
+impl Observer {
+    /// Takes note of a complete set of rows as read at `now`, and forgets rows no longer there.
+    pub fn observe<'a>(&mut self, rows: impl Iterator<Item = &'a ShardRow>, now: Instant) {
+        let mut next = HashMap::with_capacity(self.seen.len());
+        for row in rows {
+            let since = match self.seen.get(&row.lease_key) {
+                Some((counter, since)) if *counter == row.lease_counter => *since,
+                _ => now,
+            };
+            next.insert(row.lease_key.clone(), (row.lease_counter, since));
+        }
+        self.seen = next;
+    }
+
+    /// Whether `row` may be taken: nobody owns it, or its counter has stood still for `duration`.
+    pub fn is_takeable(&self, row: &ShardRow, duration: Duration, now: Instant) -> bool {
+        if row.lease_owner.is_none() {
+            return true;
+        }
+        self.seen
+            .get(&row.lease_key)
+            .is_some_and(|(counter, since)| {
+                *counter == row.lease_counter && now.saturating_duration_since(*since) >= duration
+            })
+    }
+}
+
+/// What a refused update of a held lease means, given the row as it is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// An earlier update of ours took effect although its answer was lost: still ours, from this
+    /// counter on.
+    StillOurs {
+        /// The row's counter.
+        counter: u64,
+    },
+    /// Somebody else has it, or it is gone.
+    Lost,
+}
+
+/// Tells a lost lease from one whose last answer was lost. `owner` carries the nonce of this
+/// process start, so an earlier run of the same worker is somebody else. All our attempts from
+/// one counter write the next one, so more than one step ahead is not ours.
+pub fn after_refusal(row: Option<&ShardRow>, owner: &str, known_counter: u64) -> Refused {
+    match row {
+        Some(row)
+            if row.lease_owner.as_deref() == Some(owner)
+                && row.lease_counter == known_counter + 1 =>
+        {
+            Refused::StillOurs {
+                counter: row.lease_counter,
+            }
+        }
+        _ => Refused::Lost,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::ShardId;
+    use crate::stream::reader::Position;
+
+    fn row(owner: Option<&str>, counter: u64) -> ShardRow {
+        let shard = ShardId("s".into());
+        let mut row = ShardRow::new(1, "t", "arn/stream/l", &shard, None, &Position::TrimHorizon);
+        row.lease_owner = owner.map(str::to_owned);
+        row.lease_counter = counter;
+        row
+    }
+
+    #[test]
+    fn a_lease_expires_by_the_observers_own_clock() {
+        let start = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut observer = Observer::default();
+        let held = row(Some("a"), 7);
+        assert!(
+            !observer.is_takeable(&held, second, start),
+            "never observed"
+        );
+        observer.observe([&held].into_iter(), start);
+        assert!(!observer.is_takeable(&held, second, start + second / 2));
+        assert!(observer.is_takeable(&held, second, start + second));
+        observer.observe([&row(Some("a"), 8)].into_iter(), start + second);
+        assert!(
+            !observer.is_takeable(&held, second, start + 2 * second),
+            "moved meanwhile"
+        );
+        assert!(
+            observer.is_takeable(&row(None, 8), second, start),
+            "released"
+        );
+    }
+
+    #[test]
+    fn lost_and_regained_are_told_apart() {
+        let ours = row(Some("me#1"), 5);
+        assert_eq!(
+            after_refusal(Some(&ours), "me#1", 4),
+            Refused::StillOurs { counter: 5 }
+        );
+        assert_eq!(
+            after_refusal(Some(&ours), "me#2", 4),
+            Refused::Lost,
+            "an earlier run"
+        );
+        assert_eq!(
+            after_refusal(Some(&ours), "me#1", 3),
+            Refused::Lost,
+            "lost and regained"
+        );
+        assert_eq!(after_refusal(None, "me#1", 4), Refused::Lost);
+    }
+}

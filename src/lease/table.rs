@@ -1,0 +1,261 @@
+//! The state table: reading rows, and writing them on condition.
+
+use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::types::AttributeValue;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::row::{
+    ControlRow, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, Row, ShardRow, StreamRow,
+};
+use crate::dynamo::value::Item;
+use crate::error::{Class, Fault, Operation, classify};
+
+/// Pages of a scan; a state table beyond this is not believed.
+const SCAN_PAGES_MAX: usize = 10_000;
+
+/// The state table of one region.
+#[derive(Clone)]
+pub struct StateTable {
+    client: Client,
+    name: String,
+}
+
+/// How a conditional write ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// The row is written.
+    Yes,
+    /// The condition did not hold; nothing changed.
+    Refused,
+}
+
+impl StateTable {
+    /// The table `name` behind `client`.
+    pub fn new(client: Client, name: String) -> Self {
+        Self { client, name }
+    }
+
+    /// The table's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// All rows, read consistently.
+    ///
+    /// # Errors
+    /// The fault of the call, or a row of a newer version or of a form this one cannot read.
+    pub async fn rows(&self) -> Result<Vec<Row>, Fault> {
+        let mut rows = Vec::new();
+        let mut after = None;
+        for _ in 0..SCAN_PAGES_MAX {
+            let page = self
+                .client
+                .scan()
+                .table_name(&self.name)
+                .consistent_read(true)
+                .set_exclusive_start_key(after.take())
+                .send()
+                .await
+                .map_err(|error| classify(Operation::State, &error))?;
+            for item in page.items.unwrap_or_default() {
+                rows.push(row_from(item)?);
+            }
+            after = page.last_evaluated_key.filter(|key| !key.is_empty());
+            if after.is_none() {
+                return Ok(rows);
+            }
+        }
+        Err(unreadable("the state table does not end"))
+    }
+
+    /// One shard's row, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn shard(&self, key: &str) -> Result<Option<ShardRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Shard(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("a shard's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    /// A stream's row, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn stream(&self, key: &str) -> Result<Option<StreamRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Stream(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("a stream's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    /// The control record, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn control(&self) -> Result<Option<ControlRow>, Fault> {
+        match self.get(super::row::CONTROL_KEY).await? {
+            Some(Row::Control(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("the control key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<Row>, Fault> {
+        let answer = self
+            .client
+            .get_item()
+            .table_name(&self.name)
+            .key(KEY_ATTRIBUTE, AttributeValue::S(key.to_owned()))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|error| classify(Operation::State, &error))?;
+        answer.item.map(row_from).transpose()
+    }
+
+    /// Writes a row that is not there yet.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn create(&self, row: &impl Serialize) -> Result<Written, Fault> {
+        self.put(row, "attribute_not_exists(leaseKey)", None).await
+    }
+
+    /// Replaces a shard's row if its counter is still `known_counter`.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn replace(&self, row: &ShardRow, known_counter: u64) -> Result<Written, Fault> {
+        let known = AttributeValue::N(known_counter.to_string());
+        self.put(row, "leaseCounter = :known", Some(known)).await
+    }
+
+    /// Replaces a stream's row if it is there.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn replace_stream(&self, row: &StreamRow) -> Result<Written, Fault> {
+        self.put(row, "attribute_exists(leaseKey)", None).await
+    }
+
+    async fn put(
+        &self,
+        row: &impl Serialize,
+        condition: &str,
+        known: Option<AttributeValue>,
+    ) -> Result<Written, Fault> {
+        let item: Item = serde_dynamo::to_item(row)
+            .map_err(|error| unreadable(&format!("a row could not be written: {error}")))?;
+        let mut request = self
+            .client
+            .put_item()
+            .table_name(&self.name)
+            .set_item(Some(item))
+            .condition_expression(condition);
+        if let Some(known) = known {
+            request = request.expression_attribute_values(":known", known);
+        }
+        match request.send().await {
+            Ok(_) => Ok(Written::Yes),
+            Err(error) => match classify(Operation::State, &error) {
+                fault if fault.class == Class::Condition => Ok(Written::Refused),
+                fault => Err(fault),
+            },
+        }
+    }
+}
+
+fn row_from(item: Item) -> Result<Row, Fault> {
+    let head: Head = parse(item.clone())?;
+    if head.format_version > FORMAT_VERSION {
+        return Err(Fault::own(
+            Operation::State,
+            Class::Unknown,
+            "newer row format",
+            format!(
+                "the row {} has format {}, and this version reads up to {FORMAT_VERSION}: upgrade Farshore here",
+                head.lease_key, head.format_version
+            ),
+        ));
+    }
+    Ok(match head.entity_type.as_str() {
+        "shard" => Row::Shard(parse(item)?),
+        "stream" => Row::Stream(parse(item)?),
+        "control" => Row::Control(parse(item)?),
+        "gap" => Row::Gap(parse(item)?),
+        _ => Row::Other(head),
+    })
+}
+
+fn parse<T: DeserializeOwned>(item: Item) -> Result<T, Fault> {
+    serde_dynamo::from_item(item)
+        .map_err(|error| unreadable(&format!("a row could not be read: {error}")))
+}
+
+fn unreadable(message: &str) -> Fault {
+    Fault::own(Operation::State, Class::Unknown, "unreadable row", message)
+}
+
+/// Gap rows are written once and may be there already.
+///
+/// # Errors
+/// The fault of the call.
+pub async fn record_gap(state: &StateTable, gap: &GapRow) -> Result<(), Fault> {
+    state.create(gap).await.map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::row::GapReason;
+    use crate::stream::ShardId;
+    use crate::stream::reader::Position;
+
+    #[test]
+    fn rows_survive_the_round_trip_with_kcls_names() {
+        let shard = ShardId("shardId-1".into());
+        let parent = ShardId("shardId-0".into());
+        let row = ShardRow::new(
+            3,
+            "orders",
+            "arn:aws:dynamodb:us-east-1:1:table/orders/stream/2026",
+            &shard,
+            Some(&parent),
+            &Position::AtTimestamp(1_000),
+        );
+        assert_eq!(row.lease_key, "shard#3#orders#2026#shardId-1");
+        let item: Item = serde_dynamo::to_item(&row).unwrap();
+        assert_eq!(
+            item["parentShardId"],
+            AttributeValue::Ss(vec!["shardId-0".into()])
+        );
+        assert_eq!(item["checkpoint"], AttributeValue::S("AT_TIMESTAMP".into()));
+        for name in [
+            "leaseKey",
+            "leaseCounter",
+            "ownerSwitchesSinceCheckpoint",
+            "entityType",
+            "formatVersion",
+        ] {
+            assert!(item.contains_key(name), "{name}");
+        }
+        assert!(!item.contains_key("leaseOwner") && !item.contains_key("childShardIds"));
+        assert_eq!(row_from(item).unwrap(), Row::Shard(row));
+        let gap = GapRow::new(1, "orders", GapReason::NeverCopied, "l", "now".into());
+        let item: Item = serde_dynamo::to_item(&gap).unwrap();
+        assert_eq!(row_from(item).unwrap(), Row::Gap(gap));
+    }
+
+    #[test]
+    fn a_row_of_a_newer_version_is_refused() {
+        let gap = GapRow::new(1, "orders", GapReason::Trimmed, "", "now".into());
+        let mut item: Item = serde_dynamo::to_item(&gap).unwrap();
+        item.insert("formatVersion".into(), AttributeValue::N("2".into()));
+        assert!(row_from(item).unwrap_err().message.contains("upgrade"));
+    }
+}

@@ -1,0 +1,111 @@
+//! Where every shard of this process stands, and the totals that a person follows.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A stream keeps its records for 24 hours. Source: the developer guide.
+pub const RETENTION_MS: i64 = 24 * 60 * 60 * 1_000;
+
+/// Where one shard stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Standing {
+    /// When the source made the oldest change read and not durable, in milliseconds.
+    pub oldest_open_ms: Option<i64>,
+    /// The moment of the source up to which everything is known to be applied, in milliseconds:
+    /// the last durable change, or the last time the shard was seen to hold nothing more.
+    pub applied_until_ms: i64,
+}
+
+impl Standing {
+    /// Seconds the oldest change not durable has waited.
+    pub fn iterator_age_s(&self, now_ms: i64) -> f64 {
+        self.oldest_open_ms
+            .map_or(0.0, |oldest| (now_ms - oldest).max(0) as f64 / 1_000.0)
+    }
+
+    /// Seconds until the stream forgets the oldest position not known to be applied.
+    pub fn headroom_s(&self, now_ms: i64) -> f64 {
+        let position = self.oldest_open_ms.unwrap_or(self.applied_until_ms);
+        (position + RETENTION_MS - now_ms).max(0) as f64 / 1_000.0
+    }
+}
+
+/// Totals since the start of the process, over all tables.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Records finished.
+    pub records: AtomicU64,
+    /// Records coalesced into a later change.
+    pub coalesced: AtomicU64,
+    /// Records sent to the dead letters.
+    pub dead_letters: AtomicU64,
+}
+
+/// Where all shards of this process stand.
+#[derive(Debug, Default)]
+pub struct Board {
+    shards: Mutex<BTreeMap<String, BTreeMap<String, Standing>>>,
+    /// Totals since the start.
+    pub totals: Totals,
+}
+
+impl Board {
+    fn shards(&self) -> MutexGuard<'_, BTreeMap<String, BTreeMap<String, Standing>>> {
+        self.shards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A shard of `table` stands here now.
+    pub fn set(&self, table: &str, shard: &str, standing: Standing) {
+        self.shards()
+            .entry(table.to_owned())
+            .or_default()
+            .insert(shard.to_owned(), standing);
+    }
+
+    /// A shard is no longer this process's.
+    pub fn remove(&self, table: &str, shard: &str) {
+        if let Some(shards) = self.shards().get_mut(table) {
+            shards.remove(shard);
+        }
+    }
+
+    /// Sets the gauges of every table from its worst shard. `now_ms` is the source's clock.
+    pub fn publish(&self, now_ms: i64) {
+        for (table, shards) in self.shards().iter() {
+            super::metrics::leases_held(table, shards.len());
+            let age = shards.values().map(|s| s.iterator_age_s(now_ms));
+            let headroom = shards.values().map(|s| s.headroom_s(now_ms));
+            if let (Some(age), Some(headroom)) = (age.reduce(f64::max), headroom.reduce(f64::min)) {
+                super::metrics::position(table, age, headroom);
+            }
+        }
+    }
+
+    /// Adds to a total.
+    pub fn add(counter: &AtomicU64, by: u64) {
+        counter.fetch_add(by, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headroom_runs_down_from_what_is_not_applied() {
+        let standing = Standing {
+            oldest_open_ms: Some(1_000),
+            applied_until_ms: 0,
+        };
+        assert_eq!(standing.iterator_age_s(61_000), 60.0);
+        assert_eq!(standing.headroom_s(61_000), 86_400.0 - 60.0);
+        let idle = Standing {
+            oldest_open_ms: None,
+            applied_until_ms: 61_000,
+        };
+        assert_eq!(idle.iterator_age_s(61_000), 0.0);
+        assert_eq!(idle.headroom_s(61_000), 86_400.0);
+        assert_eq!(idle.headroom_s(i64::MAX / 2), 0.0);
+    }
+}

@@ -1,0 +1,287 @@
+//! Every metric: name, unit, labels, meaning. `docs/METRICS.md` is tested against [`METRICS`].
+
+use metrics::{
+    Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::error::{Class, Failure};
+use crate::stream::change::Event;
+
+/// What a metric is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Moves both ways.
+    Gauge,
+    /// Counts by bucket.
+    Histogram,
+}
+
+/// One metric.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is.
+    pub kind: Kind,
+    /// Its labels.
+    pub labels: &'static str,
+    /// What it means.
+    pub meaning: &'static str,
+}
+
+const fn metric(
+    name: &'static str,
+    kind: Kind,
+    labels: &'static str,
+    meaning: &'static str,
+) -> Metric {
+    Metric {
+        name,
+        kind,
+        labels,
+        meaning,
+    }
+}
+
+const LAG: &str = "farshore_replication_lag_seconds";
+const ITERATOR_AGE: &str = "farshore_iterator_age_seconds";
+const HEADROOM: &str = "farshore_stream_headroom_seconds";
+const RECORDS: &str = "farshore_records_total";
+const SKIPPED: &str = "farshore_records_skipped_total";
+const COALESCED: &str = "farshore_records_coalesced_total";
+const WRITTEN: &str = "farshore_items_written_total";
+const UNITS: &str = "farshore_write_units_total";
+const DEAD_LETTERED: &str = "farshore_dead_letters_total";
+const THROTTLED: &str = "farshore_throttles_total";
+const RETRIED: &str = "farshore_retries_total";
+const LEASES: &str = "farshore_leases_held";
+const GAPS: &str = "farshore_gaps_open";
+const READY: &str = "farshore_ready";
+
+/// All metrics.
+pub const METRICS: &[Metric] = &[
+    metric(
+        LAG,
+        Kind::Histogram,
+        "table",
+        "Seconds from a change in the source to its being durable in the replica. Stream times are whole seconds, rounded down: up to 1 s too high.",
+    ),
+    metric(
+        ITERATOR_AGE,
+        Kind::Gauge,
+        "table",
+        "Seconds since the source made the oldest change read and not yet durable, over all shards; 0 when nothing waits.",
+    ),
+    metric(
+        HEADROOM,
+        Kind::Gauge,
+        "table",
+        "Seconds until the stream forgets (after 24 h) the oldest position not known to be applied, over all shards. Falls while the source or the replica cannot be reached.",
+    ),
+    metric(
+        RECORDS,
+        Kind::Counter,
+        "table, event",
+        "Stream records finished: durable in the replica, coalesced into a later change that is, or dead-lettered.",
+    ),
+    metric(
+        SKIPPED,
+        Kind::Counter,
+        "table, reason",
+        "Stream records left out as configured: `ttl-delete`, or `before-start`.",
+    ),
+    metric(
+        COALESCED,
+        Kind::Counter,
+        "table",
+        "Records not written because a later change of the same item was.",
+    ),
+    metric(
+        WRITTEN,
+        Kind::Counter,
+        "table",
+        "Items put or deleted in the replica.",
+    ),
+    metric(
+        UNITS,
+        Kind::Counter,
+        "table",
+        "Write units spent on the replica, estimated by item size.",
+    ),
+    metric(
+        DEAD_LETTERED,
+        Kind::Counter,
+        "table, class",
+        "Records sent to the dead letters because the replica can never take them.",
+    ),
+    metric(
+        THROTTLED,
+        Kind::Counter,
+        "table",
+        "Writes to the replica throttled or returned unprocessed.",
+    ),
+    metric(
+        RETRIED,
+        Kind::Counter,
+        "table, class",
+        "Calls tried again, by the class of the failure.",
+    ),
+    metric(LEASES, Kind::Gauge, "table", "Shards this process owns."),
+    metric(
+        GAPS,
+        Kind::Gauge,
+        "table, reason",
+        "Gaps open: records that were never applied and are not repaired yet.",
+    ),
+    metric(
+        READY,
+        Kind::Gauge,
+        "",
+        "1 when /readyz answers 200, else 0.",
+    ),
+];
+
+/// Buckets of the lag: from a tenth of a second to the 24 hours a stream remembers.
+const LAG_BUCKETS: &[f64] = &[
+    0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0, 3_600.0, 21_600.0,
+    86_400.0,
+];
+
+/// Installs the process's recorder. Call once.
+///
+/// # Errors
+/// When a recorder is installed already.
+pub fn install() -> Result<PrometheusHandle, Failure> {
+    let failed = |why: String| {
+        Failure::new(
+            "The metrics could not be set up",
+            why,
+            "Report this: it cannot happen in one process",
+        )
+    };
+    // Without buckets a histogram would be rendered as a summary.
+    let recorder = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Full(LAG.to_owned()), LAG_BUCKETS)
+        .map_err(|error: BuildError| failed(error.to_string()))?
+        .build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|error| failed(error.to_string()))?;
+    for metric in METRICS {
+        match metric.kind {
+            Kind::Counter => describe_counter!(metric.name, Unit::Count, metric.meaning),
+            Kind::Gauge => describe_gauge!(metric.name, metric.meaning),
+            Kind::Histogram => describe_histogram!(metric.name, Unit::Seconds, metric.meaning),
+        }
+    }
+    Ok(handle)
+}
+
+/// Makes a table's counters exist before their first event, so that a rate is 0 and not absent.
+pub fn begin(table: &str) {
+    for event in [Event::Insert, Event::Modify, Event::Remove] {
+        counter!(RECORDS, "table" => table.to_owned(), "event" => event.name()).absolute(0);
+    }
+    for name in [COALESCED, WRITTEN, UNITS, THROTTLED] {
+        counter!(name, "table" => table.to_owned()).absolute(0);
+    }
+    for class in [Class::Validation, Class::CollectionFull, Class::Undecodable] {
+        counter!(DEAD_LETTERED, "table" => table.to_owned(), "class" => class.label()).absolute(0);
+    }
+}
+
+/// A record is finished.
+pub fn record(table: &str, event: Event) {
+    counter!(RECORDS, "table" => table.to_owned(), "event" => event.name()).increment(1);
+}
+
+/// A change became durable `seconds` after the source made it.
+pub fn lag(table: &str, seconds: f64) {
+    histogram!(LAG, "table" => table.to_owned()).record(seconds);
+}
+
+/// A record was left out as configured.
+pub fn skipped(table: &str, reason: &'static str) {
+    counter!(SKIPPED, "table" => table.to_owned(), "reason" => reason).increment(1);
+}
+
+/// Changes were not written because a later one was.
+pub fn coalesced(table: &str, changes: usize) {
+    counter!(COALESCED, "table" => table.to_owned()).increment(changes as u64);
+}
+
+/// Items were written at a cost of `units`.
+pub fn written(table: &str, items: usize, units: u32) {
+    counter!(WRITTEN, "table" => table.to_owned()).increment(items as u64);
+    counter!(UNITS, "table" => table.to_owned()).increment(u64::from(units));
+}
+
+/// A record went to the dead letters.
+pub fn dead_lettered(table: &str, class: Class) {
+    counter!(DEAD_LETTERED, "table" => table.to_owned(), "class" => class.label()).increment(1);
+}
+
+/// A call is tried again.
+pub fn retried(table: &str, class: Class) {
+    counter!(RETRIED, "table" => table.to_owned(), "class" => class.label()).increment(1);
+}
+
+/// A write was throttled.
+pub fn throttled(table: &str) {
+    counter!(THROTTLED, "table" => table.to_owned()).increment(1);
+}
+
+/// Shards of `table` that this process owns.
+pub fn leases_held(table: &str, leases: usize) {
+    gauge!(LEASES, "table" => table.to_owned()).set(leases as f64);
+}
+
+/// Gaps of `table` for `reason`.
+pub fn gaps_open(table: &str, reason: &'static str, gaps: usize) {
+    gauge!(GAPS, "table" => table.to_owned(), "reason" => reason).set(gaps as f64);
+}
+
+/// Age and headroom of `table`, in seconds.
+pub fn position(table: &str, iterator_age: f64, headroom: f64) {
+    gauge!(ITERATOR_AGE, "table" => table.to_owned()).set(iterator_age);
+    gauge!(HEADROOM, "table" => table.to_owned()).set(headroom);
+}
+
+/// Whether the worker is ready.
+pub fn ready(ready: bool) {
+    gauge!(READY).set(if ready { 1.0 } else { 0.0 });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_lists_every_metric() {
+        let text = include_str!("../../docs/METRICS.md");
+        for metric in METRICS {
+            let kind = format!("{:?}", metric.kind).to_lowercase();
+            let labels = if metric.labels.is_empty() {
+                "—"
+            } else {
+                metric.labels
+            };
+            let row = format!(
+                "| `{}` | {kind} | {labels} | {} |",
+                metric.name, metric.meaning
+            );
+            assert!(
+                text.lines().any(|line| line == row),
+                "docs/METRICS.md lacks the row:\n{row}"
+            );
+        }
+        let rows = text.lines().filter(|line| line.starts_with("| `")).count();
+        assert_eq!(
+            rows,
+            METRICS.len(),
+            "a row for a metric that does not exist"
+        );
+    }
+}

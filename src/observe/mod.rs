@@ -1,0 +1,6 @@
+//! What the outside sees: metrics, health, and the small HTTP server that shows them.
+
+pub mod board;
+pub mod health;
+pub mod metrics;
+pub mod server;

@@ -1,0 +1,302 @@
+//! The worker put together: what is started, in which order, and in which order it stops.
+//!
+//! ```text
+//!   start: find the role ─▶ listen ─▶ read the state table ─▶ follow each table ─▶ its shards
+//!   stop:  shards drain, checkpoint, release ─▶ tables ─▶ state table ─▶ metrics and health
+//! ```
+
+pub mod letter;
+pub mod rows;
+pub mod shard;
+pub mod source;
+pub mod start;
+pub mod table;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::Backoff;
+use crate::config::Config;
+use crate::config::read::Loaded;
+use crate::dead_letter::Store;
+use crate::dynamo::RegionClients;
+use crate::error::{Exit, Fault};
+use crate::lease::row::GapRow;
+use crate::lease::table::{StateTable, record_gap};
+use crate::observe::board::Board;
+use crate::observe::health::{Health, Scope};
+use crate::observe::{metrics, server};
+use crate::stream::listing::Lister;
+use rows::{Snapshot, watch_rows};
+use start::{Feed, Role};
+
+const HEARTBEAT: Duration = Duration::from_secs(1);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// What all tasks of a feeding worker share.
+pub struct Shared {
+    /// The configuration.
+    pub config: Config,
+    /// Number of the epoch all leases belong to.
+    pub epoch: u64,
+    /// This process start, as lease rows name it.
+    pub owner: String,
+    /// The active region.
+    pub source: RegionClients,
+    /// The region fed.
+    pub target: RegionClients,
+    /// The state table.
+    pub state: StateTable,
+    /// Where dead letters go.
+    pub dead_letters: Store,
+    /// Lists shards at one pace.
+    pub lister: Lister,
+    /// Live, ready, and why not.
+    pub health: Arc<Health>,
+    /// Where the shards stand.
+    pub board: Arc<Board>,
+    /// Snapshots of the state table.
+    pub rows: watch::Receiver<Arc<Snapshot>>,
+    /// Asks for a new snapshot.
+    pub rescan: Arc<Notify>,
+}
+
+impl Shared {
+    /// Stores a gap row, however long it takes.
+    pub async fn store_gap(&self, gap: &GapRow) {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let part = &gap.lease_key;
+        while let Err(fault) = record_gap(&self.state, gap).await {
+            self.report_state(&gap.table, part, &fault);
+            tokio::time::sleep(backoff.pause()).await;
+        }
+        self.health.succeeded(Scope::State, &gap.table, part);
+        self.rescan.notify_one();
+    }
+
+    fn report_state(&self, table: &str, part: &str, fault: &Fault) {
+        self.health.failed(Scope::State, table, part, fault);
+    }
+
+    /// The id that the source table had when its stream was first followed.
+    pub async fn known_table_id(&self, table: &str) -> Option<String> {
+        let mut rows = self.rows.clone();
+        let snapshot = rows.wait_for(|snapshot| snapshot.read).await.ok()?;
+        snapshot
+            .streams
+            .iter()
+            .filter(|row| row.table == table)
+            .find_map(|row| row.table_id.clone())
+    }
+}
+
+/// A worker, ready to run.
+pub struct Worker {
+    config: Config,
+    role: Role,
+    listener: TcpListener,
+    metrics: Option<PrometheusHandle>,
+    health: Arc<Health>,
+    board: Arc<Board>,
+}
+
+impl Worker {
+    /// A worker in `role` that serves metrics and health on `listener`.
+    pub fn new(
+        loaded: Loaded,
+        role: Role,
+        listener: TcpListener,
+        metrics: Option<PrometheusHandle>,
+    ) -> Self {
+        Self {
+            config: loaded.config,
+            role,
+            listener,
+            metrics,
+            health: Arc::new(Health::default()),
+            board: Arc::new(Board::default()),
+        }
+    }
+
+    /// Where its shards stand, for who runs it in-process.
+    pub fn board(&self) -> Arc<Board> {
+        Arc::clone(&self.board)
+    }
+
+    /// Its health, for who runs it in-process.
+    pub fn health(&self) -> Arc<Health> {
+        Arc::clone(&self.health)
+    }
+
+    /// Runs until `stop` is cancelled, then drains within the configured grace.
+    pub async fn run(self, stop: CancellationToken) -> Exit {
+        let serving = CancellationToken::new();
+        let server = tokio::spawn(server::serve(
+            self.listener,
+            Arc::clone(&self.health),
+            self.metrics.clone(),
+            serving.clone(),
+        ));
+        let exit = match self.role {
+            Role::Standby { active } => {
+                tracing::info!(
+                    active,
+                    "standby: this region is active, nothing is fed into it"
+                );
+                self.health.set_standby(&active);
+                beat(&self.health, None, self.metrics.as_ref(), &stop).await;
+                Exit::Done
+            }
+            Role::Feed(feed) => {
+                let health = Arc::clone(&self.health);
+                feed_until(
+                    self.config,
+                    *feed,
+                    health,
+                    self.board,
+                    self.metrics.as_ref(),
+                    &stop,
+                )
+                .await
+            }
+        };
+        serving.cancel();
+        // Ends when its last connection does, which nobody should have to wait for.
+        let _ = tokio::time::timeout(HEARTBEAT, server).await;
+        exit
+    }
+}
+
+/// Feeds the replicas until `stop`, then drains.
+async fn feed_until(
+    config: Config,
+    feed: Feed,
+    health: Arc<Health>,
+    board: Arc<Board>,
+    metrics: Option<&PrometheusHandle>,
+    stop: &CancellationToken,
+) -> Exit {
+    let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
+    let grace = config.worker.shutdown_grace;
+    let shared = Arc::new(Shared {
+        epoch: feed.epoch,
+        owner: owner(),
+        lister: Lister::new(feed.source.streams.clone()),
+        source: feed.source,
+        target: feed.target,
+        state: feed.state,
+        dead_letters: feed.dead_letters,
+        health,
+        board,
+        rows,
+        rescan: Arc::new(Notify::new()),
+        config,
+    });
+    tracing::info!(
+        group = shared.config.group,
+        source = shared.source.label,
+        target = shared.target.label,
+        epoch = shared.epoch,
+        owner = shared.owner,
+        "feeding"
+    );
+    let after_tables = CancellationToken::new();
+    let reader = tokio::spawn(watch_rows(
+        shared.state.clone(),
+        shared.config.leases.duration,
+        snapshots,
+        Arc::clone(&shared.rescan),
+        Arc::clone(&shared.health),
+        after_tables.clone(),
+    ));
+    let mut tables = JoinSet::new();
+    for table in &shared.config.tables {
+        shared.health.set_starting(&table.name);
+        tables.spawn(supervise(Arc::clone(&shared), table.clone(), stop.clone()));
+    }
+    beat(&shared.health, Some(&shared), metrics, stop).await;
+    tracing::info!(grace_seconds = grace.as_secs_f64(), "draining");
+    let drained =
+        tokio::time::timeout(grace, async { while tables.join_next().await.is_some() {} }).await;
+    after_tables.cancel();
+    reader.abort();
+    match drained {
+        Ok(()) => {
+            tracing::info!("drained: everything read is applied, checkpointed and released");
+            Exit::Done
+        }
+        Err(_) => {
+            // Writes may be in flight, so leases are not released: they expire.
+            tracing::error!(
+                "the grace ran out before everything was applied; the next worker goes on from the last checkpoint"
+            );
+            Exit::Remains
+        }
+    }
+}
+
+/// Keeps a table followed: a task that ends by itself is noticed and started again.
+async fn supervise(shared: Arc<Shared>, table: crate::config::Table, stop: CancellationToken) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        // A set of one: dropped with this future, it takes the task with it.
+        let mut task = JoinSet::new();
+        task.spawn(table::follow_table(
+            Arc::clone(&shared),
+            table.clone(),
+            stop.clone(),
+        ));
+        let panicked = matches!(task.join_next().await, Some(Err(_)));
+        if stop.is_cancelled() {
+            return;
+        }
+        tracing::error!(
+            table = table.name,
+            panicked,
+            "the task of a table ended by itself; it starts over"
+        );
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// The main loop: shows once a second that the worker lives and where it stands.
+async fn beat(
+    health: &Health,
+    shared: Option<&Shared>,
+    metrics: Option<&PrometheusHandle>,
+    stop: &CancellationToken,
+) {
+    let mut ticks = tokio::time::interval(HEARTBEAT);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        health.beat();
+        metrics::ready(health.reasons().is_empty());
+        if let Some(shared) = shared {
+            shared.board.publish(shared.source.clock.now_ms());
+        }
+        if let Some(metrics) = metrics {
+            metrics.run_upkeep();
+        }
+    }
+}
+
+/// This host and process start. The nonce makes a restarted worker somebody else.
+fn owner() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = match host.trim() {
+        "" => "host",
+        host => host,
+    };
+    let nonce: u64 = rand::random();
+    format!("{host}-{}#{nonce:016x}", std::process::id())
+}

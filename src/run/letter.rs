@@ -1,0 +1,132 @@
+//! From a refused record to a delivered dead letter.
+
+use std::time::Duration;
+
+use super::table::TableContext;
+use crate::backoff::Backoff;
+use crate::dead_letter::message::{DeadLetter, Place, Reason, VERSION};
+use crate::dynamo::clock::{host_ms, rfc3339};
+use crate::dynamo::json::item_to_json;
+use crate::dynamo::value::{Item, item_from_stream};
+use crate::error::{Class, Fault};
+use crate::observe::health::Scope;
+use crate::observe::metrics;
+use crate::stream::change::Change;
+use crate::stream::sequence::SequenceNumber;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A dead letter on its way.
+pub struct Letter(DeadLetter);
+
+impl Letter {
+    /// For a change that the replica refused alone.
+    pub fn refused(
+        context: &TableContext,
+        shard: &str,
+        change: &Change,
+        fault: &Fault,
+        attempts: u32,
+    ) -> Self {
+        let mut letter = Self::blank(context, shard, change.created_ms);
+        letter.sequence_number = Some(change.sequence.as_str().to_owned());
+        letter.event = Some(change.event.name().to_owned());
+        letter.keys = Some(item_to_json(&change.keys));
+        letter.new_image = change.new_image.as_ref().map(item_to_json);
+        if let Some(old) = change.old_image.clone() {
+            match item_from_stream(old) {
+                Ok(old) => letter.old_image = Some(item_to_json(&old)),
+                Err(_) => letter.omitted.push("oldImage".to_owned()),
+            }
+        }
+        letter.attempts = attempts;
+        letter.error = Reason {
+            class: fault.class.label().to_owned(),
+            code: fault.code.clone(),
+            message: fault.message.clone(),
+        };
+        Self(letter)
+    }
+
+    /// For a record of which no write can be made.
+    pub fn undecodable(
+        context: &TableContext,
+        shard: &str,
+        sequence: &SequenceNumber,
+        created_ms: i64,
+        keys: Option<&Item>,
+        why: &str,
+    ) -> Self {
+        let mut letter = Self::blank(context, shard, created_ms);
+        letter.keys = keys.map(item_to_json);
+        letter.sequence_number = Some(sequence.as_str().to_owned());
+        letter.error = Reason {
+            class: Class::Undecodable.label().to_owned(),
+            code: "Undecodable".to_owned(),
+            message: why.to_owned(),
+        };
+        Self(letter)
+    }
+
+    fn blank(context: &TableContext, shard: &str, created_ms: i64) -> DeadLetter {
+        let shared = &context.shared;
+        let place = |region: &str| Place {
+            region: region.to_owned(),
+            table: context.table.name_in(region).to_owned(),
+        };
+        DeadLetter {
+            version: VERSION,
+            group: shared.config.group.clone(),
+            epoch: shared.epoch,
+            table: context.table.name.clone(),
+            source: place(&shared.source.label),
+            target: place(&shared.target.label),
+            stream_arn: context.stream_arn.clone(),
+            shard_id: shard.to_owned(),
+            sequence_number: None,
+            event: None,
+            keys: None,
+            new_image: None,
+            old_image: None,
+            omitted: Vec::new(),
+            error: Reason {
+                class: String::new(),
+                code: String::new(),
+                message: String::new(),
+            },
+            attempts: 0,
+            created_at: rfc3339(created_ms),
+            failed_at: rfc3339(host_ms()),
+        }
+    }
+
+    /// Delivers it, waiting out whatever is in the way. `part` names the shard in health.
+    pub async fn deliver(&self, context: &TableContext, part: &str) {
+        let health = &context.shared.health;
+        let table = &context.table.name;
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        loop {
+            match context.shared.dead_letters.deliver(&self.0).await {
+                Ok(()) => {
+                    health.succeeded(Scope::DeadLetters, table, part);
+                    tracing::warn!(
+                        table,
+                        shard = part,
+                        sequence = self.0.sequence_number,
+                        class = self.0.error.class,
+                        code = self.0.error.code,
+                        attempts = self.0.attempts,
+                        "dead letter: the replica refuses this record"
+                    );
+                    return;
+                }
+                Err(fault) => {
+                    metrics::retried(table, fault.class);
+                    health.failed(Scope::DeadLetters, table, part, &fault);
+                    tokio::time::sleep(backoff.pause()).await;
+                }
+            }
+        }
+    }
+}

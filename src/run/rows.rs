@@ -1,0 +1,89 @@
+//! One reader of the state table for the whole worker: everybody else looks at its snapshots.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::lease::row::{GapRow, Row, ShardRow, StreamRow};
+use crate::lease::rules::Observer;
+use crate::lease::table::StateTable;
+use crate::observe::health::{Health, Scope};
+
+/// The state table as read at one moment.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// Leases.
+    pub shards: Vec<ShardRow>,
+    /// Streams.
+    pub streams: Vec<StreamRow>,
+    /// Keys of the leases that may be taken.
+    pub takeable: HashSet<String>,
+    /// Whether it has been read at all.
+    pub read: bool,
+}
+
+/// Reads the state table again and again until `stop`, and at once when `rescan` asks.
+pub async fn watch_rows(
+    state: StateTable,
+    duration: Duration,
+    snapshots: watch::Sender<Arc<Snapshot>>,
+    rescan: Arc<Notify>,
+    health: Arc<Health>,
+    stop: CancellationToken,
+) {
+    let mut observer = Observer::default();
+    // A third of a lease: an expired one is seen within 4/3 of its duration.
+    let pause = duration / 3;
+    loop {
+        match state.rows().await {
+            Ok(rows) => {
+                health.succeeded(Scope::State, "", "rows");
+                let snapshot = digest(rows, &mut observer, duration, &health);
+                snapshots.send_replace(Arc::new(snapshot));
+            }
+            Err(fault) => health.failed(Scope::State, "", "rows", &fault),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = rescan.notified() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+fn digest(
+    rows: Vec<Row>,
+    observer: &mut Observer,
+    duration: Duration,
+    health: &Health,
+) -> Snapshot {
+    let mut snapshot = Snapshot {
+        read: true,
+        ..Snapshot::default()
+    };
+    let mut gaps: Vec<GapRow> = Vec::new();
+    for row in rows {
+        match row {
+            Row::Shard(row) => snapshot.shards.push(row),
+            Row::Stream(row) => snapshot.streams.push(row),
+            Row::Gap(row) => gaps.push(row),
+            Row::Control(_) | Row::Other(_) => {}
+        }
+    }
+    health.set_gaps(
+        gaps.iter()
+            .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str())),
+    );
+    let now = Instant::now();
+    observer.observe(snapshot.shards.iter(), now);
+    snapshot.takeable = snapshot
+        .shards
+        .iter()
+        .filter(|row| !row.is_finished() && observer.is_takeable(row, duration, now))
+        .map(|row| row.lease_key.clone())
+        .collect();
+    snapshot
+}

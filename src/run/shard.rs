@@ -1,0 +1,507 @@
+//! One shard from its checkpoint to its end: read, decode, coalesce, apply, checkpoint.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::letter::Letter;
+use super::source::{Read, read_shard};
+use super::table::TableContext;
+use crate::apply::batch::{BATCH_OPS_MAX, Outcome, Sent};
+use crate::apply::coalesce::{Op, SlotId, Window};
+use crate::backoff::Backoff;
+use crate::config::TtlDeletes;
+use crate::dynamo::item::ItemKey;
+use crate::error::{Class, Fault, Operation};
+use crate::lease::held::{Checkpoint, Lease};
+use crate::lease::row::ShardRow;
+use crate::observe::board::{Board, Standing};
+use crate::observe::health::Scope;
+use crate::observe::metrics;
+use crate::stream::change::{Event, decode};
+use crate::stream::reader::Position;
+use crate::stream::sequence::SequenceNumber;
+
+/// How a shard's consumption ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Applied to its end, and its children have rows.
+    Finished,
+    /// Drained, checkpointed and given up, as asked.
+    Released,
+    /// Another worker has the lease.
+    Lost,
+}
+
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// A delivered dead letter.
+struct Delivered {
+    slot: SlotId,
+    key: Option<ItemKey>,
+    event: Option<Event>,
+    class: Class,
+}
+
+/// The state of one shard's consumption.
+struct Consumer<'a> {
+    context: &'a Arc<TableContext>,
+    lease: &'a Arc<Lease>,
+    shard: String,
+    window: Window,
+    writes: FuturesUnordered<Later<'a, Sent>>,
+    letters: FuturesUnordered<Later<'a, Delivered>>,
+    checkpointing: Option<Later<'a, (Checkpoint, Result<(), Fault>)>>,
+    /// The sequence number last stored.
+    stored: Option<SequenceNumber>,
+    /// Records made before this time are left out, in milliseconds.
+    start_ms: Option<i64>,
+    backoff: Backoff,
+    /// Nothing is sent before this.
+    not_before: Instant,
+    standing: Standing,
+    /// The last position taken in; a record without one of its own stands there.
+    last_sequence: Option<SequenceNumber>,
+}
+
+/// Consumes the shard of `lease` until its end, until `stop` asks to drain, or until the lease is
+/// lost.
+pub async fn consume(
+    context: Arc<TableContext>,
+    lease: Arc<Lease>,
+    row: ShardRow,
+    position: Position,
+    stop: CancellationToken,
+) -> Ended {
+    let (pages, mut reads) = mpsc::channel(1);
+    let reader = tokio::spawn(read_shard(
+        Arc::clone(&context),
+        row.stream_arn.clone(),
+        lease.shard().clone(),
+        position,
+        pages,
+    ));
+    // Dropped with this future, whichever way it ends.
+    let _reader = AbortOnDrop(reader.abort_handle());
+    let now_ms = context.shared.source.clock.now_ms();
+    let mut consumer = Consumer {
+        context: &context,
+        lease: &lease,
+        shard: lease.shard().0.clone(),
+        window: Window::new(context.shared.config.coalesces(&context.table)),
+        writes: FuturesUnordered::new(),
+        letters: FuturesUnordered::new(),
+        checkpointing: None,
+        stored: None,
+        start_ms: row.start_timestamp,
+        backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+        not_before: Instant::now(),
+        standing: Standing {
+            oldest_open_ms: None,
+            applied_until_ms: row.watermark.unwrap_or(now_ms),
+        },
+        last_sequence: None,
+    };
+    let ended = consumer.run(&mut reads, &stop).await;
+    drop(consumer);
+    let shared = &context.shared;
+    shared.board.remove(&context.table.name, &lease.shard().0);
+    shared.health.forget(&context.table.name, &lease.shard().0);
+    ended
+}
+
+impl<'a> Consumer<'a> {
+    async fn run(&mut self, reads: &mut mpsc::Receiver<Read>, stop: &CancellationToken) -> Ended {
+        let worker = &self.context.shared.config.worker;
+        let read_ahead = usize::try_from(worker.read_ahead.as_u64()).unwrap_or(usize::MAX);
+        let mut checkpoints = tokio::time::interval(worker.checkpoint_every);
+        checkpoints.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut draining = false;
+        let mut at_end = false;
+        loop {
+            self.send();
+            let idle = self.window.is_empty()
+                && self.writes.is_empty()
+                && self.letters.is_empty()
+                && self.checkpointing.is_none();
+            if idle && at_end {
+                return self.finish(stop).await;
+            }
+            if idle && draining {
+                return self.release().await;
+            }
+            let waits = self.window.has_ready() && self.not_before > Instant::now();
+            // In order of priority:
+            tokio::select! {
+                biased;
+                // 1. The lease is lost: nothing may be sent any more, and what is under way ends
+                //    with this future.
+                () = self.lease.lost().cancelled() => return Ended::Lost,
+                // 2. A checkpoint was stored, or was not.
+                stored = poll_option(&mut self.checkpointing) => self.on_checkpointed(stored),
+                // 3. A checkpoint is due: rare, so it may go before the answers.
+                _ = checkpoints.tick() => {
+                    self.show();
+                    self.checkpoint();
+                }
+                // 4. Answers make room and move the watermark.
+                Some(sent) = self.writes.next(), if !self.writes.is_empty() => self.on_sent(sent),
+                // 5. So do delivered dead letters.
+                Some(delivered) = self.letters.next(), if !self.letters.is_empty() => {
+                    self.on_delivered(&delivered);
+                }
+                // 6. Asked to stop: no more is taken in; what was is finished.
+                () = stop.cancelled(), if !draining => {
+                    draining = true;
+                    reads.close();
+                }
+                // 7. A pause after a failure is over.
+                () = tokio::time::sleep_until(self.not_before.into()), if waits => {}
+                // 8. More records, as long as not too many wait.
+                read = reads.recv(), if !draining && !at_end && self.window.bytes() < read_ahead => {
+                    match read {
+                        Some(read) => {
+                            at_end = read.page.end;
+                            self.admit(read);
+                        }
+                        // The reader ends only after the page that ends the shard. If it ended
+                        // otherwise, somebody else goes on from the checkpoint.
+                        None => {
+                            tracing::error!(
+                                table = self.context.table.name,
+                                shard = self.shard,
+                                "the reader of a shard ended by itself; the shard starts over"
+                            );
+                            draining = true;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes a page into the window.
+    fn admit(&mut self, read: Read) {
+        if let Some(caught_up_ms) = read.caught_up_ms
+            && self.window.is_empty()
+        {
+            self.standing.applied_until_ms = self.standing.applied_until_ms.max(caught_up_ms);
+        }
+        let table = &self.context.table;
+        for record in read.page.records {
+            let change = match decode(record) {
+                Ok(change) => change,
+                Err(bad) => {
+                    let sequence = bad.sequence.or_else(|| self.last_sequence.clone());
+                    // The reader refuses a page whose last record has no number, so there is one
+                    // before or after; a first record without one stands at zero.
+                    let sequence = sequence.or_else(|| SequenceNumber::parse("0"));
+                    if let Some(sequence) = sequence {
+                        let slot = self.window.push_poison(sequence.clone(), bad.created_ms);
+                        let letter = Letter::undecodable(
+                            self.context,
+                            &self.shard,
+                            &sequence,
+                            bad.created_ms,
+                            bad.keys.as_ref(),
+                            &bad.why,
+                        );
+                        self.deliver(slot, None, None, Class::Undecodable, letter);
+                    }
+                    continue;
+                }
+            };
+            self.last_sequence = Some(change.sequence.clone());
+            if self
+                .start_ms
+                .is_some_and(|start_ms| change.created_ms < start_ms)
+            {
+                metrics::skipped(&table.name, "before-start");
+                self.window.push_done(change.sequence, change.created_ms);
+            } else if change.ttl_delete && table.ttl_deletes == TtlDeletes::Skip {
+                metrics::skipped(&table.name, "ttl-delete");
+                self.window.push_done(change.sequence, change.created_ms);
+            } else {
+                self.window.push(change);
+            }
+        }
+    }
+
+    /// Starts writes while there is something to send and room in flight.
+    fn send(&mut self) {
+        if Instant::now() < self.not_before {
+            return;
+        }
+        let concurrency = self.context.shared.config.worker.concurrency;
+        while self.writes.len() < concurrency && self.window.has_ready() {
+            let ops = self.window.take(BATCH_OPS_MAX);
+            if ops.is_empty() {
+                break;
+            }
+            let (context, lease) = (self.context, self.lease);
+            self.writes.push(Box::pin(
+                async move { context.writer.write(lease, ops).await },
+            ));
+        }
+    }
+
+    fn on_sent(&mut self, sent: Sent) {
+        let table = &self.context.table.name;
+        let health = &self.context.shared.health;
+        let mut applied_any = false;
+        for (op, outcome) in sent.outcomes {
+            match outcome {
+                Outcome::Applied => {
+                    applied_any = true;
+                    self.on_applied(&op);
+                }
+                Outcome::Returned => self.window.returned(&op),
+                Outcome::Refused { fault, attempts } => {
+                    // The replica answered: it is there.
+                    applied_any = true;
+                    self.on_refused(&op, fault, attempts);
+                }
+            }
+        }
+        match sent.fault {
+            Some(fault) => {
+                metrics::retried(table, fault.class);
+                if fault.class == Class::Throttled {
+                    metrics::throttled(table);
+                }
+                // A lease that could not be renewed is the state table's trouble.
+                let scope = match fault.operation {
+                    Operation::State => Scope::State,
+                    _ => Scope::Replica,
+                };
+                health.failed(scope, table, &self.shard, &fault);
+                if applied_any {
+                    self.backoff.reset();
+                }
+                // Several answers of one moment are one failure.
+                if Instant::now() >= self.not_before {
+                    self.not_before = Instant::now() + self.backoff.pause();
+                }
+            }
+            None if applied_any => {
+                self.backoff.reset();
+                health.succeeded(Scope::Replica, table, &self.shard);
+            }
+            None => {}
+        }
+    }
+
+    fn on_applied(&mut self, op: &Op) {
+        let shared = &self.context.shared;
+        let table = &self.context.table.name;
+        let now_ms = shared.source.clock.now_ms();
+        let finished = self.window.applied(op);
+        for change in &finished {
+            metrics::record(table, change.event);
+            metrics::lag(table, (now_ms - change.created_ms).max(0) as f64 / 1_000.0);
+        }
+        let coalesced = finished.len().saturating_sub(1);
+        if coalesced > 0 {
+            metrics::coalesced(table, coalesced);
+            Board::add(&shared.board.totals.coalesced, coalesced as u64);
+        }
+        Board::add(&shared.board.totals.records, finished.len() as u64);
+        self.note_durable();
+    }
+
+    fn on_refused(&mut self, op: &Op, fault: Fault, attempts: u32) {
+        self.window.refused(op);
+        let change = &op.change;
+        let letter = Letter::refused(self.context, &self.shard, change, &fault, attempts);
+        self.deliver(
+            op.slot,
+            Some(change.key.clone()),
+            Some(change.event),
+            fault.class,
+            letter,
+        );
+    }
+
+    /// Delivers a dead letter, however long it takes: the checkpoint waits for it.
+    fn deliver(
+        &mut self,
+        slot: SlotId,
+        key: Option<ItemKey>,
+        event: Option<Event>,
+        class: Class,
+        letter: Letter,
+    ) {
+        let context = self.context;
+        let part = self.shard.clone();
+        self.letters.push(Box::pin(async move {
+            letter.deliver(context, &part).await;
+            Delivered {
+                slot,
+                key,
+                event,
+                class,
+            }
+        }));
+    }
+
+    fn on_delivered(&mut self, delivered: &Delivered) {
+        self.window
+            .dead_lettered(delivered.slot, delivered.key.as_ref());
+        let shared = &self.context.shared;
+        let table = &self.context.table.name;
+        metrics::dead_lettered(table, delivered.class);
+        Board::add(&shared.board.totals.dead_letters, 1);
+        if let Some(event) = delivered.event {
+            metrics::record(table, event);
+            Board::add(&shared.board.totals.records, 1);
+        }
+        self.note_durable();
+    }
+
+    fn note_durable(&mut self) {
+        if let Some(durable) = self.window.durable() {
+            let standing = &mut self.standing;
+            standing.applied_until_ms = standing.applied_until_ms.max(durable.created_ms);
+        }
+    }
+
+    fn show(&mut self) {
+        self.standing.oldest_open_ms = self.window.oldest_open_ms();
+        let shared = &self.context.shared;
+        shared
+            .board
+            .set(&self.context.table.name, &self.shard, self.standing);
+    }
+
+    /// What is durable now, if it is more than what is stored.
+    fn progress(&self) -> Option<Checkpoint> {
+        let durable = self.window.durable()?;
+        if self.stored.as_ref() == Some(&durable.sequence) {
+            return None;
+        }
+        let now_ms = self.context.shared.source.clock.now_ms();
+        Some(Checkpoint {
+            sequence: Some(durable.sequence.clone()),
+            watermark_ms: Some(self.standing.applied_until_ms),
+            headroom_s: Some(self.standing.headroom_s(now_ms) as i64),
+        })
+    }
+
+    fn checkpoint(&mut self) {
+        if self.checkpointing.is_some() {
+            return;
+        }
+        if let Some(checkpoint) = self.progress() {
+            let lease = Arc::clone(self.lease);
+            self.checkpointing = Some(Box::pin(async move {
+                let result = lease.checkpoint(&checkpoint).await;
+                (checkpoint, result)
+            }));
+        }
+    }
+
+    fn on_checkpointed(&mut self, (checkpoint, result): (Checkpoint, Result<(), Fault>)) {
+        self.checkpointing = None;
+        let health = &self.context.shared.health;
+        let table = &self.context.table.name;
+        match result {
+            Ok(()) => {
+                self.stored = checkpoint.sequence;
+                health.succeeded(Scope::State, table, &self.shard);
+            }
+            // A lost lease shows in the main loop.
+            Err(_) if self.lease.lost().is_cancelled() => {}
+            Err(fault) => health.failed(Scope::State, table, &self.shard, &fault),
+        }
+    }
+
+    /// Stores the last checkpoint and gives the lease up. Nothing is in flight.
+    async fn release(&mut self) -> Ended {
+        let table = &self.context.table.name;
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        loop {
+            let result = match self.progress() {
+                Some(checkpoint) => match self.lease.checkpoint(&checkpoint).await {
+                    Ok(()) => {
+                        self.stored = checkpoint.sequence;
+                        self.lease.release().await
+                    }
+                    Err(fault) => Err(fault),
+                },
+                None => self.lease.release().await,
+            };
+            match result {
+                Ok(()) => return Ended::Released,
+                Err(_) if self.lease.lost().is_cancelled() => return Ended::Lost,
+                Err(fault) => {
+                    let health = &self.context.shared.health;
+                    health.failed(Scope::State, table, &self.shard, &fault);
+                    tokio::time::sleep(backoff.pause()).await;
+                }
+            }
+        }
+    }
+
+    /// The shard is applied to its end: its children get their rows, then it says SHARD_END.
+    async fn finish(&mut self, stop: &CancellationToken) -> Ended {
+        let context = self.context;
+        let table = &context.table.name;
+        let shared = &context.shared;
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        loop {
+            let row = self.lease.row().await;
+            let step = async {
+                let children = context.children_of(&row).await?;
+                self.lease.finish(&children).await
+            };
+            let result = tokio::select! {
+                () = self.lease.lost().cancelled() => return Ended::Lost,
+                result = step => result,
+            };
+            match result {
+                Ok(()) => {
+                    shared.health.succeeded(Scope::Source, table, &self.shard);
+                    // The owner may stay on a finished row; clearing it is tidy, not needed.
+                    let _ = self.lease.release().await;
+                    return Ended::Finished;
+                }
+                Err(_) if self.lease.lost().is_cancelled() => return Ended::Lost,
+                Err(fault) => {
+                    shared
+                        .health
+                        .failed(Scope::Source, table, &self.shard, &fault);
+                    tokio::select! {
+                        () = stop.cancelled() => return self.release().await,
+                        () = tokio::time::sleep(backoff.pause()) => {}
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Polls what may be there; waits for ever when it is not.
+async fn poll_option<T>(later: &mut Option<Later<'_, T>>) -> T {
+    match later {
+        Some(later) => later.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends a task when dropped.
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

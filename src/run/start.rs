@@ -1,0 +1,267 @@
+//! What `run` finds out before it writes anything: which region is active, whether source and
+//! replica fit together, whether there is somewhere for dead letters to go.
+
+use aws_sdk_dynamodb::types::{StreamViewType, TableDescription};
+use futures::future::join_all;
+
+use crate::config::read::Loaded;
+use crate::config::{Config, Table};
+use crate::dead_letter::Store;
+use crate::dynamo::table::{describe, enabled_stream, holds_new_images, primary_key, show_key};
+use crate::dynamo::{RegionClients, Regions};
+use crate::error::{Class, Failure, Operation};
+use crate::lease::control::{Answer, Verdict, decide};
+use crate::lease::table::StateTable;
+
+/// What this process does in its region.
+pub enum Role {
+    /// It feeds `here` from the active region.
+    Feed(Box<Feed>),
+    /// `here` is the active region: nothing is fed into it.
+    Standby {
+        /// Label of the active region.
+        active: String,
+    },
+}
+
+/// Everything that feeding needs, checked.
+pub struct Feed {
+    /// Label of the active region.
+    pub active: String,
+    /// Number of the epoch.
+    pub epoch: u64,
+    /// The active region.
+    pub source: RegionClients,
+    /// The region fed.
+    pub target: RegionClients,
+    /// The state table, in the region fed.
+    pub state: StateTable,
+    /// Where dead letters go.
+    pub dead_letters: Store,
+}
+
+/// Finds this process's role and checks that it can be played. Nothing is written, except that a
+/// dead-letter directory is made.
+///
+/// # Errors
+/// The first thing that is wrong, with what to do about it.
+pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failure> {
+    let config = &loaded.config;
+    // Validation has seen to it that both labels are regions; a missing one is said plainly.
+    let region = |label: &str| {
+        regions.get(label).cloned().ok_or_else(|| {
+            Failure::new(
+                format!("Region {label} is not known"),
+                "The control record names a region that this configuration lacks",
+                format!("Add [regions.{label}] to the configuration"),
+            )
+        })
+    };
+    let target = region(&loaded.here)?;
+    let state = StateTable::new(target.tables.clone(), config.state_table());
+    let (active, epoch) = find_active(config, &loaded.here, regions).await?;
+    if active == loaded.here {
+        return Ok(Role::Standby { active });
+    }
+    let source = region(&active)?;
+    if describe(&target.tables, state.name())
+        .await
+        .map_err(|fault| unusable(&target, state.name(), &fault))?
+        .is_none()
+    {
+        return Err(Failure::new(
+            format!(
+                "There is no state table {} in {}",
+                state.name(),
+                target.label
+            ),
+            "Leases and checkpoints live there, and `run` creates nothing",
+            "Create it with `farshore provision --apply`",
+        ));
+    }
+    for table in &config.tables {
+        check_table(table, &source, &target).await?;
+    }
+    let dead_letters = Store::open(&config.dead_letters, &target).await?;
+    Ok(Role::Feed(Box::new(Feed {
+        active,
+        epoch,
+        source,
+        target,
+        state,
+        dead_letters,
+    })))
+}
+
+/// Asks every region's state table which region is active, and since which epoch.
+///
+/// # Errors
+/// When `here` does not answer, when records contradict each other, or when nobody can say.
+pub async fn find_active(
+    config: &Config,
+    here: &str,
+    regions: &Regions,
+) -> Result<(String, u64), Failure> {
+    let name = config.state_table();
+    let asked = regions.iter().map(|region| {
+        let table = StateTable::new(region.tables.clone(), name.clone());
+        async move { (region, table.control().await) }
+    });
+    let mut answers = Vec::new();
+    let mut silent = Vec::new();
+    for (region, answer) in join_all(asked).await {
+        answers.push(match answer {
+            Ok(Some(record)) if record.group != config.group => {
+                return Err(Failure::new(
+                    format!(
+                        "The state table {name} in {} belongs to another group",
+                        region.label
+                    ),
+                    format!(
+                        "Its control record says `{}`, this configuration `{}`",
+                        record.group, config.group
+                    ),
+                    "Give this group its own state table with leases.table",
+                ));
+            }
+            Ok(Some(record)) => Answer::Record(Box::new(record)),
+            Ok(None) => Answer::None,
+            Err(fault) if fault.class == Class::NotFound => Answer::None,
+            // The region this process feeds must answer; nothing works without it.
+            Err(fault) if region.label == here => return Err(unusable(region, &name, &fault)),
+            Err(fault) => {
+                silent.push(format!("{} ({})", region.label, fault.code));
+                Answer::Unreachable
+            }
+        });
+    }
+    match decide(&answers) {
+        Verdict::Decided { active, epoch } => Ok((active, epoch)),
+        Verdict::FromFile => Ok((config.active.clone(), 1)),
+        Verdict::Conflict { epoch, actives } => Err(Failure::new(
+            format!(
+                "Epoch {epoch} names several active regions: {}",
+                actives.join(", ")
+            ),
+            "Two failovers ran against each other; whoever applies now may overwrite the other",
+            "Decide which region is active, and fail over to it once more so that a higher epoch exists",
+        )),
+        Verdict::Unknown => Err(Failure::new(
+            "Nobody can say which region is active",
+            format!(
+                "No control record was found, and these regions did not answer: {}",
+                silent.join(", ")
+            ),
+            "Make them reachable, or create the control record with `farshore provision --apply` where it is missing",
+        )),
+    }
+}
+
+/// Checks that `table` can flow from `source` to `target`.
+async fn check_table(
+    table: &Table,
+    source: &RegionClients,
+    target: &RegionClients,
+) -> Result<(), Failure> {
+    let from = described(source, table.name_in(&source.label), "It is the source").await?;
+    check_stream(source, &from)?;
+    let to = described(
+        target,
+        table.name_in(&target.label),
+        "It is the replica; `farshore provision --apply` creates it",
+    )
+    .await?;
+    check_keys((source, &from), (target, &to))
+}
+
+async fn described(
+    region: &RegionClients,
+    name: &str,
+    role: &str,
+) -> Result<TableDescription, Failure> {
+    describe(&region.tables, name)
+        .await
+        .map_err(|fault| unusable(region, name, &fault))?
+        .ok_or_else(|| {
+            Failure::new(
+                format!("There is no table {name} in {} ({})", region.label, region.endpoint),
+                role,
+                "Create the table, or correct tables[].name (or tables[].names) in the configuration",
+            )
+        })
+}
+
+/// Checks that a source has a stream that says enough.
+///
+/// # Errors
+/// A table without an enabled stream, or with one that leaves the new image out.
+pub fn check_stream(region: &RegionClients, table: &TableDescription) -> Result<(), Failure> {
+    let name = table.table_name().unwrap_or_default();
+    let what = format!("Table {name} in {} cannot be replicated", region.label);
+    let enable = format!(
+        "aws dynamodb update-table --region {} --table-name {name} --stream-specification StreamEnabled=true,StreamViewType=NEW_AND_OLD_IMAGES",
+        region.region
+    );
+    match enabled_stream(table) {
+        None => Err(Failure::new(
+            what,
+            "It has no stream",
+            format!("Enable one: {enable}"),
+        )),
+        Some((_, view)) if holds_new_images(view) => Ok(()),
+        Some((_, view)) => Err(Failure::new(
+            what,
+            format!(
+                "Its stream holds {}, and replication needs NEW_AND_OLD_IMAGES",
+                view.map_or("an unknown view", StreamViewType::as_str)
+            ),
+            format!(
+                "Disable the stream (a view type cannot be changed in place), then enable it anew: {enable}"
+            ),
+        )),
+    }
+}
+
+/// Checks that two tables have the same primary key.
+///
+/// # Errors
+/// A failure that shows both.
+pub fn check_keys(
+    source: (&RegionClients, &TableDescription),
+    target: (&RegionClients, &TableDescription),
+) -> Result<(), Failure> {
+    let (from, to) = (primary_key(source.1), primary_key(target.1));
+    if from == to {
+        return Ok(());
+    }
+    Err(Failure::new(
+        format!(
+            "Table {} in {} cannot take the items of {} in {}",
+            target.1.table_name().unwrap_or_default(),
+            target.0.label,
+            source.1.table_name().unwrap_or_default(),
+            source.0.label
+        ),
+        format!(
+            "Their keys differ: {} here, {} at the source",
+            show_key(&to),
+            show_key(&from)
+        ),
+        "Name another replica table in tables[].names, or delete this one and run `farshore provision --apply`",
+    ))
+}
+
+/// A table that could not be asked at all.
+pub fn unusable(region: &RegionClients, table: &str, fault: &crate::error::Fault) -> Failure {
+    let what = match fault.operation {
+        Operation::State => "read from",
+        _ => "described in",
+    };
+    Failure::from_fault(
+        format!(
+            "Table {table} could not be {what} {} ({})",
+            region.label, region.endpoint
+        ),
+        fault,
+    )
+}

@@ -1,0 +1,583 @@
+//! One table: which stream it has, which shards may be read, and a task for each that is ours.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Shared;
+use super::rows::Snapshot;
+use super::shard::{Ended, consume};
+use crate::apply::batch::Writer;
+use crate::apply::budget::Budget;
+use crate::backoff::Backoff;
+use crate::config::{Start, Table};
+use crate::dynamo::clock::{host_ms, rfc3339};
+use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
+use crate::error::{Class, Fault, Operation};
+use crate::lease::held::Lease;
+use crate::lease::row::{FORMAT_VERSION, GapReason, GapRow, ShardRow, StreamRow};
+use crate::observe::health::Scope;
+use crate::observe::metrics;
+use crate::stream::lineage::{Tracked, plan};
+use crate::stream::reader::Position;
+use crate::stream::{Shard, ShardId, stream_label};
+
+/// How often the children of an ended shard are asked for before the whole stream is listed: the
+/// answer may be empty at first.
+const CHILDREN_ATTEMPTS: u32 = 10;
+const CHILDREN_FIRST_PAUSE: Duration = Duration::from_millis(50);
+const CHILDREN_LONGEST_PAUSE: Duration = Duration::from_secs(1);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// One stream of one table, and what is needed to replay it.
+pub struct TableContext {
+    /// What the whole worker shares.
+    pub shared: Arc<Shared>,
+    /// The table's configuration.
+    pub table: Table,
+    /// The stream being replayed.
+    pub stream_arn: String,
+    /// Writes to the replica.
+    pub writer: Arc<Writer>,
+}
+
+/// What the source says of a table now.
+struct Identity {
+    stream_arn: Option<String>,
+    table_id: Option<String>,
+}
+
+/// Follows a table until `stop`: its current stream, and a new one when it is re-created.
+pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+    let budget = Arc::new(Budget::new(shared.config.units_per_second(&table)));
+    let writer = Arc::new(Writer::new(
+        shared.target.tables.clone(),
+        table.name_in(&shared.target.label),
+        &table.name,
+        budget,
+        shared.config.dead_letters.max_attempts,
+    ));
+    metrics::begin(&table.name);
+    let mut streams: JoinSet<()> = JoinSet::new();
+    let mut followed: Option<(String, Option<String>)> = None;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    while !stop.is_cancelled() {
+        let pause = match identify(&shared, &table).await {
+            Ok(identity) => {
+                shared.health.succeeded(Scope::Source, &table.name, "table");
+                backoff.reset();
+                if let Some(arn) = accept(&shared, &table, &mut followed, identity).await {
+                    let context = Arc::new(TableContext {
+                        shared: Arc::clone(&shared),
+                        table: table.clone(),
+                        stream_arn: arn,
+                        writer: Arc::clone(&writer),
+                    });
+                    let table_id = followed.as_ref().and_then(|(_, id)| id.clone());
+                    streams.spawn(follow_stream(context, table_id, stop.clone()));
+                }
+                shared.config.worker.discover_every
+            }
+            Err(fault) => {
+                shared
+                    .health
+                    .failed(Scope::Source, &table.name, "table", &fault);
+                backoff.pause()
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(pause) => {}
+            // A stream's task ends only when told to; otherwise it is started anew.
+            Some(ended) = streams.join_next() => {
+                if !stop.is_cancelled() {
+                    tracing::error!(
+                        table = table.name,
+                        panicked = ended.is_err(),
+                        "the task of a stream ended by itself; it starts over"
+                    );
+                    followed = None;
+                    tokio::time::sleep(backoff.pause()).await;
+                }
+            }
+        }
+    }
+    while streams.join_next().await.is_some() {}
+}
+
+async fn identify(shared: &Shared, table: &Table) -> Result<Identity, Fault> {
+    let name = table.name_in(&shared.source.label);
+    let description = describe(&shared.source.tables, name)
+        .await?
+        .ok_or_else(|| {
+            Fault::own(
+                Operation::DescribeTable,
+                Class::NotFound,
+                "ResourceNotFoundException",
+                "the source table is not there",
+            )
+        })?;
+    // A stream made anew may hold less than replication needs: records without new images would
+    // all be refused, so it is not followed at all.
+    let stream_arn = enabled_stream(&description)
+        .filter(|(_, view)| holds_new_images(*view))
+        .map(|(arn, _)| arn.to_owned());
+    Ok(Identity {
+        stream_arn,
+        table_id: description.table_id,
+    })
+}
+
+/// Compares what the source says with what is being followed. Returns a stream to follow from now
+/// on.
+async fn accept(
+    shared: &Shared,
+    table: &Table,
+    followed: &mut Option<(String, Option<String>)>,
+    identity: Identity,
+) -> Option<String> {
+    let health = &shared.health;
+    let Some(arn) = identity.stream_arn else {
+        let fault = Fault::own(
+            Operation::DescribeStream,
+            Class::NotFound,
+            "no usable stream",
+            "the source table has no stream with new images any more",
+        );
+        health.failed(Scope::Source, &table.name, "stream", &fault);
+        return None;
+    };
+    health.succeeded(Scope::Source, &table.name, "stream");
+    // Ids known from rows of earlier runs count as much as the one of this run.
+    let known_id = match followed {
+        Some((_, id)) => id.clone(),
+        None => shared.known_table_id(&table.name).await,
+    };
+    if let (Some(known), Some(now)) = (&known_id, &identity.table_id)
+        && known != now
+    {
+        health.stop_table(
+            &table.name,
+            "the source table was deleted and created anew: it is another table now",
+            "Decide whether the replica should follow the new table; if so, delete this table's rows from the state table and start again",
+        );
+        return None;
+    }
+    match followed {
+        Some((current, _)) if *current == arn => None,
+        Some((current, _)) => {
+            tracing::warn!(
+                table = table.name,
+                old = stream_label(current),
+                new = stream_label(&arn),
+                "the table's stream was re-created"
+            );
+            let detail = stream_label(&arn).to_owned();
+            let at = rfc3339(host_ms());
+            let reason = GapReason::StreamRecreated;
+            let gap = GapRow::new(shared.epoch, &table.name, reason, &detail, at);
+            shared.store_gap(&gap).await;
+            *followed = Some((arn.clone(), identity.table_id));
+            Some(arn)
+        }
+        None => {
+            *followed = Some((arn.clone(), identity.table_id));
+            Some(arn)
+        }
+    }
+}
+
+/// The shards of one stream.
+struct Stream {
+    context: Arc<TableContext>,
+    table_id: Option<String>,
+    listing: Vec<Shard>,
+    listed: bool,
+    /// Shards that had a row when the last listing began.
+    known_before_listing: BTreeSet<ShardId>,
+    /// Shards that the service itself does not know any more.
+    gone: BTreeSet<ShardId>,
+    running: HashSet<String>,
+    next_listing: Instant,
+    backoff: Backoff,
+    tasks: JoinSet<(String, Ended)>,
+    stop: CancellationToken,
+}
+
+/// Follows one stream until `stop`, then drains its shards.
+async fn follow_stream(
+    context: Arc<TableContext>,
+    table_id: Option<String>,
+    stop: CancellationToken,
+) {
+    context.shared.health.set_starting(&context.table.name);
+    let mut rows = context.shared.rows.clone();
+    let mut stream = Stream {
+        table_id,
+        listing: Vec::new(),
+        listed: false,
+        known_before_listing: BTreeSet::new(),
+        gone: BTreeSet::new(),
+        running: HashSet::new(),
+        next_listing: Instant::now(),
+        backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+        tasks: JoinSet::new(),
+        stop: stop.clone(),
+        context,
+    };
+    loop {
+        let snapshot = rows.borrow_and_update().clone();
+        if snapshot.read {
+            match stream.step(&snapshot).await {
+                Ok(()) => {}
+                Err(fault) => stream.failed(&fault),
+            }
+        }
+        // In order of priority:
+        tokio::select! {
+            biased;
+            // 1. Asked to stop.
+            () = stop.cancelled() => break,
+            // 2. A shard ended: its children may start at once.
+            Some(ended) = stream.tasks.join_next() => stream.on_ended(ended),
+            // 3. The state table changed, or was read again: a lease may have expired.
+            changed = rows.changed() => {
+                if changed.is_err() {
+                    break;
+                }
+            }
+            // 4. A listing is due.
+            () = tokio::time::sleep_until(stream.next_listing.into()) => {}
+        }
+    }
+    // Every shard's task has the same token: they drain by themselves.
+    while stream.tasks.join_next().await.is_some() {}
+}
+
+impl Stream {
+    fn failed(&mut self, fault: &Fault) {
+        let shared = &self.context.shared;
+        let table = &self.context.table.name;
+        let scope = match fault.operation {
+            Operation::State => Scope::State,
+            _ => Scope::Source,
+        };
+        metrics::retried(table, fault.class);
+        shared.health.failed(scope, table, "listing", fault);
+        self.next_listing = Instant::now() + self.backoff.pause();
+    }
+
+    fn on_ended(&mut self, ended: Result<(String, Ended), tokio::task::JoinError>) {
+        match ended {
+            Ok((key, ended)) => {
+                self.running.remove(&key);
+                tracing::info!(table = self.context.table.name, lease = key, how = ?ended, "shard left");
+            }
+            Err(error) => {
+                // Which shard it was is not known any more: its lease expires and is taken again.
+                tracing::error!(
+                    table = self.context.table.name,
+                    panicked = error.is_panic(),
+                    "the task of a shard died; its lease expires and is taken again"
+                );
+                self.running.clear();
+            }
+        }
+        self.context.shared.rescan.notify_one();
+    }
+
+    /// Lists if due, creates the rows that are missing, takes what may be read.
+    async fn step(&mut self, snapshot: &Snapshot) -> Result<(), Fault> {
+        let context = Arc::clone(&self.context);
+        let shared = &context.shared;
+        let rows: BTreeMap<ShardId, &ShardRow> = snapshot
+            .shards
+            .iter()
+            .filter(|row| row.epoch == shared.epoch && row.stream_arn == context.stream_arn)
+            .filter(|row| row.table == context.table.name)
+            .map(|row| (row.shard(), row))
+            .collect();
+        if Instant::now() >= self.next_listing {
+            self.list(&rows).await?;
+        }
+        if !self.listed {
+            return Ok(());
+        }
+        let stream = self.stream_row(snapshot).await?;
+        let tracked: BTreeMap<ShardId, Tracked> = rows
+            .iter()
+            .map(|(id, row)| (id.clone(), row.tracked()))
+            .collect();
+        let plan = plan(&self.listing, true, &tracked, &self.gone);
+        let created = !plan.create.is_empty();
+        for shard in &plan.create {
+            // A shard found after the first listing starts at its beginning, whatever `start` says.
+            let start = if stream.initialised {
+                Position::TrimHorizon
+            } else {
+                stream.start()
+            };
+            self.create_row(shard, &start).await?;
+        }
+        if !stream.initialised {
+            let mut done = stream.clone();
+            done.initialised = true;
+            shared.state.replace_stream(&done).await?;
+        }
+        if created || !stream.initialised {
+            shared.rescan.notify_one();
+        }
+        self.look_for_gone(&plan.missing_parents, &tracked).await?;
+        for id in &plan.startable {
+            if let Some(row) = rows.get(id)
+                && snapshot.takeable.contains(&row.lease_key)
+                && !self.running.contains(&row.lease_key)
+            {
+                self.start_shard(row).await?;
+            }
+        }
+        self.backoff.reset();
+        shared.health.set_started(&context.table.name);
+        shared
+            .health
+            .succeeded(Scope::Source, &context.table.name, "listing");
+        shared
+            .health
+            .succeeded(Scope::State, &context.table.name, "listing");
+        Ok(())
+    }
+
+    async fn list(&mut self, rows: &BTreeMap<ShardId, &ShardRow>) -> Result<(), Fault> {
+        let context = &self.context;
+        self.known_before_listing = rows.keys().cloned().collect();
+        let listing = context.shared.lister.all(&context.stream_arn).await?;
+        self.listing = listing.shards;
+        self.listed = true;
+        self.next_listing = Instant::now() + context.shared.config.worker.discover_every;
+        Ok(())
+    }
+
+    /// The row that says where the first run of this stream started, made if it is not there.
+    async fn stream_row(&self, snapshot: &Snapshot) -> Result<StreamRow, Fault> {
+        let context = &self.context;
+        let shared = &context.shared;
+        let table = &context.table;
+        let key = StreamRow::key(shared.epoch, &table.name, &context.stream_arn);
+        if let Some(row) = snapshot.streams.iter().find(|row| row.lease_key == key) {
+            return Ok(row.clone());
+        }
+        // The snapshot may be older than the row.
+        if let Some(row) = shared.state.stream(&key).await? {
+            return Ok(row);
+        }
+        let seen_before = snapshot
+            .streams
+            .iter()
+            .any(|row| row.table == table.name && row.lease_key != key);
+        // The gap is durable before anything that would hide it.
+        if seen_before {
+            self.gap(GapReason::StreamRecreated).await;
+        } else if !self.source_is_empty().await? {
+            self.gap(GapReason::NeverCopied).await;
+        }
+        let start_timestamp = match table.start {
+            // A re-created stream is read from its beginning.
+            _ if seen_before => None,
+            Start::TrimHorizon => None,
+            Start::Latest => Some(shared.source.clock.now_ms() / 1_000 * 1_000),
+            Start::At(time) => Some(time.to_millis().unwrap_or(0)),
+        };
+        let row = StreamRow {
+            lease_key: key,
+            entity_type: "stream".to_owned(),
+            format_version: FORMAT_VERSION,
+            table: table.name.clone(),
+            stream_arn: context.stream_arn.clone(),
+            table_id: self.table_id.clone(),
+            start_timestamp,
+            initialised: false,
+        };
+        shared.state.create(&row).await?;
+        // Somebody else may have been faster: what is stored counts.
+        let stored = shared.state.stream(&row.lease_key).await?;
+        Ok(stored.unwrap_or(row))
+    }
+
+    async fn gap(&self, reason: GapReason) {
+        let context = &self.context;
+        let detail = stream_label(&context.stream_arn);
+        let at = rfc3339(host_ms());
+        let gap = GapRow::new(
+            context.shared.epoch,
+            &context.table.name,
+            reason,
+            detail,
+            at,
+        );
+        context.shared.store_gap(&gap).await;
+    }
+
+    async fn source_is_empty(&self) -> Result<bool, Fault> {
+        let shared = &self.context.shared;
+        let answer = shared
+            .source
+            .tables
+            .scan()
+            .table_name(self.context.table.name_in(&shared.source.label))
+            .limit(1)
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|error| crate::error::classify(Operation::ReadItems, &error))?;
+        Ok(answer.count == 0)
+    }
+
+    async fn create_row(&self, shard: &Shard, start: &Position) -> Result<(), Fault> {
+        self.context
+            .create_shard_row(&shard.id, shard.parent.as_ref(), start)
+            .await
+    }
+
+    /// Asks the service about parents that neither a listing nor a row knows. Only a listing that
+    /// began after the child was seen counts; otherwise one is due at once.
+    async fn look_for_gone(
+        &mut self,
+        missing: &BTreeSet<ShardId>,
+        tracked: &BTreeMap<ShardId, Tracked>,
+    ) -> Result<(), Fault> {
+        for parent in missing {
+            let child_was_known = tracked.iter().any(|(id, row)| {
+                row.parent.as_ref() == Some(parent) && self.known_before_listing.contains(id)
+            });
+            if !child_was_known {
+                self.next_listing = Instant::now();
+                continue;
+            }
+            let context = &self.context;
+            let lister = &context.shared.lister;
+            if lister.is_gone(&context.stream_arn, parent).await? {
+                tracing::info!(table = context.table.name, shard = %parent, "parent is gone: it counts as finished");
+                self.gone.insert(parent.clone());
+                context.shared.rescan.notify_one();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a lease and starts reading.
+    async fn start_shard(&mut self, row: &ShardRow) -> Result<(), Fault> {
+        let context = Arc::clone(&self.context);
+        let shared = &context.shared;
+        let Some(position) = row.position() else {
+            shared.health.stop_table(
+                &context.table.name,
+                "a checkpoint in the state table is not readable",
+                "Look at the row's `checkpoint`; a person or a newer version has changed it",
+            );
+            return Ok(());
+        };
+        let duration = shared.config.leases.duration;
+        let taken = Lease::take(&shared.state, row.clone(), &shared.owner, duration).await?;
+        let Some(lease) = taken else {
+            return Ok(());
+        };
+        tracing::info!(
+            table = context.table.name,
+            shard = row.shard_id,
+            checkpoint = row.checkpoint,
+            "shard taken"
+        );
+        self.running.insert(row.lease_key.clone());
+        let key = row.lease_key.clone();
+        let row = row.clone();
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            let health = Arc::clone(&context.shared.health);
+            let table = context.table.name.clone();
+            let part = format!("{} renewal", lease.shard());
+            let report = |result: Result<(), &Fault>| match result {
+                Ok(()) => health.succeeded(Scope::State, &table, &part),
+                Err(fault) => health.failed(Scope::State, &table, &part, fault),
+            };
+            // Renewal goes on while the shard drains, and ends with it.
+            let never = CancellationToken::new();
+            let consumed = consume(
+                Arc::clone(&context),
+                Arc::clone(&lease),
+                row,
+                position,
+                stop,
+            );
+            let ended = tokio::select! {
+                ended = consumed => ended,
+                // Renewal ends only when the lease is lost; consume sees that as well, and gets to
+                // clean up after itself.
+                () = async {
+                    lease.keep(&never, report).await;
+                    std::future::pending::<()>().await;
+                } => Ended::Lost,
+            };
+            health.forget(&table, &part);
+            (key, ended)
+        });
+        Ok(())
+    }
+}
+
+impl TableContext {
+    async fn create_shard_row(
+        &self,
+        shard: &ShardId,
+        parent: Option<&ShardId>,
+        start: &Position,
+    ) -> Result<(), Fault> {
+        let shared = &self.shared;
+        let row = ShardRow::new(
+            shared.epoch,
+            &self.table.name,
+            &self.stream_arn,
+            shard,
+            parent,
+            start,
+        );
+        // Refused means that it is there already, which is as good.
+        shared.state.create(&row).await.map(|_| ())
+    }
+
+    /// Finds the children of an ended shard and sees to it that they have rows. The listing of
+    /// children may lag behind the end of their parent, so it is asked several times, and then
+    /// the whole stream is listed. A stream that was disabled has none.
+    ///
+    /// # Errors
+    /// The fault of the call that failed.
+    pub async fn children_of(&self, row: &ShardRow) -> Result<Vec<ShardId>, Fault> {
+        let lister = &self.shared.lister;
+        let parent = row.shard();
+        let mut backoff = Backoff::new(CHILDREN_FIRST_PAUSE, CHILDREN_LONGEST_PAUSE);
+        let mut children = Vec::new();
+        for _ in 0..CHILDREN_ATTEMPTS {
+            children = lister.children(&row.stream_arn, &parent).await?;
+            if !children.is_empty() {
+                break;
+            }
+            tokio::time::sleep(backoff.pause()).await;
+        }
+        if children.is_empty() {
+            let listing = lister.all(&row.stream_arn).await?;
+            children = listing
+                .shards
+                .into_iter()
+                .filter(|shard| shard.parent.as_ref() == Some(&parent))
+                .collect();
+        }
+        for child in &children {
+            self.create_shard_row(&child.id, Some(&parent), &Position::TrimHorizon)
+                .await?;
+        }
+        Ok(children.into_iter().map(|child| child.id).collect())
+    }
+}

@@ -1,0 +1,178 @@
+//! Reading one shard: iterators, pages, and where the reader stands.
+
+use aws_sdk_dynamodbstreams::Client;
+use aws_sdk_dynamodbstreams::types::{Record, ShardIteratorType};
+use aws_smithy_types::DateTime;
+
+use super::ShardId;
+use super::sequence::SequenceNumber;
+use crate::error::{Class, Fault, Operation, Policy, classify};
+
+/// Most records a page may hold; the service allows no more.
+pub const PAGE_RECORDS_MAX: i32 = 1_000;
+
+/// Where in a shard to read on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Position {
+    /// The oldest record there is.
+    TrimHorizon,
+    /// The first record made at or after this time, in milliseconds since the epoch.
+    AtTimestamp(i64),
+    /// The record after this one.
+    After(SequenceNumber),
+}
+
+/// One answer of the shard.
+#[derive(Debug)]
+pub struct Page {
+    /// Its records, oldest first. Empty pages are normal in the middle of a shard.
+    pub records: Vec<Record>,
+    /// Whether the shard has ended. The page may still carry records.
+    pub end: bool,
+}
+
+/// Reads a shard from a position to its end.
+pub struct ShardReader {
+    client: Client,
+    stream_arn: String,
+    shard: ShardId,
+    position: Position,
+    iterator: Option<String>,
+    ended: bool,
+}
+
+impl ShardReader {
+    /// A reader that begins at `position`. Nothing is called yet.
+    pub fn new(client: Client, stream_arn: &str, shard: &ShardId, position: Position) -> Self {
+        Self {
+            client,
+            stream_arn: stream_arn.to_owned(),
+            shard: shard.clone(),
+            position,
+            iterator: None,
+            ended: false,
+        }
+    }
+
+    /// Where it stands: after the last record it gave out.
+    pub fn position(&self) -> &Position {
+        &self.position
+    }
+
+    /// Goes back to the oldest record there is: after a gap.
+    pub fn restart(&mut self) {
+        self.position = Position::TrimHorizon;
+        self.iterator = None;
+    }
+
+    /// The next page. An expired iterator is replaced by a new one after the last record.
+    ///
+    /// # Errors
+    /// The fault of the call that failed; calling again goes on where it stopped.
+    pub async fn next(&mut self) -> Result<Page, Fault> {
+        if self.ended {
+            return Ok(Page {
+                records: Vec::new(),
+                end: true,
+            });
+        }
+        let iterator = match self.iterator.take() {
+            Some(iterator) => iterator,
+            None => match self.new_iterator().await? {
+                Some(iterator) => iterator,
+                None => {
+                    self.ended = true;
+                    return Ok(Page {
+                        records: Vec::new(),
+                        end: true,
+                    });
+                }
+            },
+        };
+        let answer = self
+            .client
+            .get_records()
+            .shard_iterator(&iterator)
+            .limit(PAGE_RECORDS_MAX)
+            .send()
+            .await;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                let fault = classify(Operation::GetRecords, &error);
+                // Any other failure leaves the iterator as good as it was.
+                if !matches!(fault.policy(), Policy::NewIterator | Policy::Gap) {
+                    self.iterator = Some(iterator);
+                }
+                return Err(fault);
+            }
+        };
+        let records = answer.records.unwrap_or_default();
+        if let Some(last) = records.last() {
+            let sequence = last
+                .dynamodb
+                .as_ref()
+                .and_then(|data| data.sequence_number.as_deref())
+                .and_then(SequenceNumber::parse);
+            // Without a number there is no way to read on after it, and guessing could skip.
+            let Some(sequence) = sequence else {
+                return Err(Fault::own(
+                    Operation::GetRecords,
+                    Class::Unknown,
+                    "record without a sequence number",
+                    "the service sent a record without a sequence number",
+                ));
+            };
+            self.position = Position::After(sequence);
+        }
+        self.ended = answer.next_shard_iterator.is_none();
+        self.iterator = answer.next_shard_iterator;
+        Ok(Page {
+            records,
+            end: self.ended,
+        })
+    }
+
+    async fn new_iterator(&self) -> Result<Option<String>, Fault> {
+        match &self.position {
+            Position::TrimHorizon => self.iterator_of(ShardIteratorType::TrimHorizon).await,
+            Position::After(_) => {
+                self.iterator_of(ShardIteratorType::AfterSequenceNumber)
+                    .await
+            }
+            Position::AtTimestamp(_) => {
+                match self.iterator_of(ShardIteratorType::AtTimestamp).await {
+                    // Servers that do not know this kind refuse it. From the oldest record on is
+                    // right, too: who asked for a time leaves out what is older.
+                    Err(fault) if matches!(fault.class, Class::Validation | Class::Unknown) => {
+                        self.iterator_of(ShardIteratorType::TrimHorizon).await
+                    }
+                    answer => answer,
+                }
+            }
+        }
+    }
+
+    async fn iterator_of(&self, kind: ShardIteratorType) -> Result<Option<String>, Fault> {
+        let (sequence, timestamp) = match (&kind, &self.position) {
+            (ShardIteratorType::AfterSequenceNumber, Position::After(sequence)) => {
+                (Some(sequence.as_str().to_owned()), None)
+            }
+            (ShardIteratorType::AtTimestamp, Position::AtTimestamp(ms)) => {
+                (None, Some(DateTime::from_millis(*ms)))
+            }
+            _ => (None, None),
+        };
+        self.client
+            .get_shard_iterator()
+            .stream_arn(&self.stream_arn)
+            .shard_id(&self.shard.0)
+            .shard_iterator_type(kind)
+            .set_sequence_number(sequence)
+            .set_timestamp(timestamp)
+            .send()
+            .await
+            .map(|answer| answer.shard_iterator)
+            .map_err(|error| classify(Operation::GetShardIterator, &error))
+    }
+}

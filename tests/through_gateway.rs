@@ -1,0 +1,40 @@
+//! The replication suite through the gateway, with no faults on: eight shards, and every one of
+//! them gives way to a child every two seconds.
+
+mod common;
+mod suite;
+
+use std::time::Duration;
+
+use common::stand::Stand;
+use farshore::embedded::gateway::Options;
+
+async fn stand() -> Stand {
+    let source = Options::new(common::seed())
+        .shards(8)
+        .rotate_every(Duration::from_secs(2));
+    Stand::gateways(source, Options::new(1)).await
+}
+
+macro_rules! promises {
+    ($($name:ident => $run:path;)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                let stand = stand().await;
+                $run(&stand).await;
+            }
+        )*
+    };
+}
+
+promises! {
+    inserts_updates_and_deletes_arrive => suite::changes_arrive;
+    all_types_arrive_byte_for_byte => suite::shapes::all_types_arrive_byte_for_byte;
+    it_resumes_after_sigkill => suite::resumes_after_sigkill;
+    it_stops_gracefully => suite::stops_gracefully;
+    two_tables_replicate_at_once => suite::two_tables_at_once;
+    poison_is_isolated => suite::faults::poison_is_isolated;
+    an_outage_of_the_source_is_waited_out => suite::faults::an_outage_of_the_source;
+    an_outage_of_the_replica_is_waited_out => suite::faults::an_outage_of_the_replica;
+}
