@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::table::TableContext;
+use super::context::TableContext;
 use crate::backoff::Backoff;
 use crate::dead_letter::message::{DeadLetter, Place, Reason, VERSION};
 use crate::dynamo::clock::{host_ms, rfc3339};

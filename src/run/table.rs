@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::Shared;
+use super::context::{Shared, TableContext};
 use super::rows::Snapshot;
 use super::shard::{Ended, consume};
 use crate::apply::batch::Writer;
@@ -25,25 +25,8 @@ use crate::stream::lineage::{Tracked, plan};
 use crate::stream::reader::Position;
 use crate::stream::{Shard, ShardId, stream_label};
 
-/// How often the children of an ended shard are asked for before the whole stream is listed: the
-/// answer may be empty at first.
-const CHILDREN_ATTEMPTS: u32 = 10;
-const CHILDREN_FIRST_PAUSE: Duration = Duration::from_millis(50);
-const CHILDREN_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// One stream of one table, and what is needed to replay it.
-pub struct TableContext {
-    /// What the whole worker shares.
-    pub shared: Arc<Shared>,
-    /// The table's configuration.
-    pub table: Table,
-    /// The stream being replayed.
-    pub stream_arn: String,
-    /// Writes to the replica.
-    pub writer: Arc<Writer>,
-}
 
 /// What the source says of a table now.
 struct Identity {
@@ -525,74 +508,5 @@ impl Stream {
             (key, ended)
         });
         Ok(())
-    }
-}
-
-impl TableContext {
-    async fn create_shard_row(
-        &self,
-        shard: &ShardId,
-        parent: Option<&ShardId>,
-        start: &Position,
-    ) -> Result<(), Fault> {
-        let shared = &self.shared;
-        let row = ShardRow::new(
-            shared.epoch,
-            &self.table.name,
-            &self.stream_arn,
-            shard,
-            parent,
-            start,
-        );
-        // Refused means that it is there already, which is as good.
-        shared.state.create(&row).await.map(|_| ())
-    }
-
-    /// Finds the children of an ended shard and sees to it that they have rows. The listing of
-    /// children may lag behind the end of their parent, so it is asked several times, and then
-    /// the whole stream is listed. A stream that was disabled has none.
-    ///
-    /// # Errors
-    /// The fault of the call that failed.
-    pub async fn children_of(&self, row: &ShardRow) -> Result<Vec<ShardId>, Fault> {
-        let parent = row.shard();
-        // A listing may have shown them already, and then they have rows: no call is needed. A
-        // sibling that it lacked is found by the next one.
-        let known: Vec<ShardId> = self
-            .shared
-            .rows
-            .borrow()
-            .shards
-            .iter()
-            .filter(|other| other.stream_arn == row.stream_arn && other.epoch == row.epoch)
-            .filter(|other| other.parent_shard_id.contains(&row.shard_id))
-            .map(ShardRow::shard)
-            .collect();
-        if !known.is_empty() {
-            return Ok(known);
-        }
-        let lister = &self.shared.lister;
-        let mut backoff = Backoff::new(CHILDREN_FIRST_PAUSE, CHILDREN_LONGEST_PAUSE);
-        let mut children = Vec::new();
-        for _ in 0..CHILDREN_ATTEMPTS {
-            children = lister.children(&row.stream_arn, &parent).await?;
-            if !children.is_empty() {
-                break;
-            }
-            tokio::time::sleep(backoff.pause()).await;
-        }
-        if children.is_empty() {
-            let listing = lister.all(&row.stream_arn).await?;
-            children = listing
-                .shards
-                .into_iter()
-                .filter(|shard| shard.parent.as_ref() == Some(&parent))
-                .collect();
-        }
-        for child in &children {
-            self.create_shard_row(&child.id, Some(&parent), &Position::TrimHorizon)
-                .await?;
-        }
-        Ok(children.into_iter().map(|child| child.id).collect())
     }
 }
