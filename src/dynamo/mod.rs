@@ -4,6 +4,8 @@
 //! nobody but the caller retries: the SDK's own retries are off.
 
 pub mod clock;
+#[cfg(feature = "failpoints")]
+mod failpoint;
 pub mod item;
 pub mod json;
 pub mod table;
@@ -156,6 +158,13 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
         .interceptor(ClockInterceptor::new(Arc::clone(&clock)));
     let mut streams = aws_sdk_dynamodbstreams::config::Builder::from(&sdk)
         .interceptor(ClockInterceptor::new(Arc::clone(&clock)));
+    #[cfg(feature = "failpoints")]
+    if let Some(failpoint) = failpoint::Failpoint::from_environment() {
+        let failpoint =
+            aws_smithy_runtime_api::client::interceptors::SharedInterceptor::new(failpoint);
+        tables = tables.interceptor(failpoint.clone());
+        streams = streams.interceptor(failpoint);
+    }
     if let Some(url) = &region.endpoint_url {
         tables = tables.endpoint_url(url);
         streams = streams.endpoint_url(url);
