@@ -21,7 +21,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::json;
 
-/// Keys written again and again, so that records carry both images.
+/// Keys that are written again and again, so that records carry both images.
 const KEYS: u64 = 10_000;
 const WRITERS: u64 = 8;
 const READERS: usize = 4;
@@ -58,8 +58,8 @@ async fn main() -> Result<(), Error> {
     let direct = Wire::new(embedded.endpoint_url());
     direct.create_table().await?;
     rows.push(Row {
-        what: "stream writes, embedded server alone",
-        per_second: write(&direct, time).await?,
+        what: "new items, embedded server alone",
+        per_second: write(&direct, u64::MAX, time).await?,
         target: None,
     });
     drop(embedded);
@@ -69,9 +69,14 @@ async fn main() -> Result<(), Error> {
     let wire = Wire::new(gateway.endpoint_url());
     wire.create_table().await?;
     rows.push(Row {
-        what: "stream writes through the gateway",
-        per_second: write(&wire, time).await?,
+        what: "new items through the gateway",
+        per_second: write(&wire, u64::MAX, time).await?,
         target: Some(20_000.0),
+    });
+    rows.push(Row {
+        what: "overwritten items through the gateway",
+        per_second: write(&wire, KEYS, time).await?,
+        target: None,
     });
     let (records, megabytes) = read(&wire, &gateway).await?;
     rows.push(Row {
@@ -107,8 +112,8 @@ fn show(rows: &[Row]) {
     }
 }
 
-/// Writes batches of 25 from several writers at once; items a second.
-async fn write(wire: &Wire, time: Duration) -> Result<f64, Error> {
+/// Writes batches of 25 over so many keys from several writers at once; items a second.
+async fn write(wire: &Wire, keys: u64, time: Duration) -> Result<f64, Error> {
     let start = Instant::now();
     let versions = Arc::new(AtomicU64::new(0));
     let mut writers = tokio::task::JoinSet::new();
@@ -116,11 +121,14 @@ async fn write(wire: &Wire, time: Duration) -> Result<f64, Error> {
         let (wire, versions) = (wire.clone(), Arc::clone(&versions));
         writers.spawn(async move {
             let mut written = 0;
-            let mut key = writer * KEYS / WRITERS;
+            let mut key = keys / WRITERS * writer;
             while start.elapsed() < time {
                 let version = versions.fetch_add(1, Relaxed);
-                wire.call("DynamoDB_20120810.BatchWriteItem", batch(key, version))
-                    .await?;
+                wire.call(
+                    "DynamoDB_20120810.BatchWriteItem",
+                    batch(key, keys, version),
+                )
+                .await?;
                 key += 25;
                 written += 25;
             }
@@ -134,13 +142,13 @@ async fn write(wire: &Wire, time: Duration) -> Result<f64, Error> {
     Ok(written as f64 / start.elapsed().as_secs_f64())
 }
 
-fn batch(first: u64, version: u64) -> String {
+fn batch(first: u64, keys: u64, version: u64) -> String {
     let text = "x".repeat(200);
     let puts: Vec<String> = (first..first + 25)
         .map(|key| {
             format!(
                 r#"{{"PutRequest":{{"Item":{{"pk":{{"S":"key-{}"}},"version":{{"N":"{version}"}},"state":{{"S":"shipped"}},"text":{{"S":"{text}"}}}}}}}}"#,
-                key % KEYS
+                key % keys
             )
         })
         .collect();

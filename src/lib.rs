@@ -1,4 +1,41 @@
-//! Farshore keeps DynamoDB tables alive in a second region.
+//! Farshore keeps DynamoDB tables alive in a second region: it reads the stream of every table in
+//! the active region and replays it into replicas in the region it runs in.
+//!
+//! # The way of a change
+//!
+//! ```text
+//!  source region                                                             replica region
+//!  ─────────────                                                             ──────────────
+//!  DescribeStream ─▶ lineage ─▶ leases ─▶ for each shard of ours:
+//!                                           read ─▶ decode ─▶ coalesce ─▶ apply ─▶ checkpoint
+//!                                                                            └▶ dead letters
+//! ```
+//!
+//! | step | where | what it promises |
+//! | --- | --- | --- |
+//! | list | [`stream::listing`] | paged, paced below the service's limit |
+//! | lineage | [`stream::lineage`] (pure) | a child never starts before its parents are finished |
+//! | own | [`lease::rules`] (pure), [`lease::held`], [`lease::table`] | one owner a shard, by conditional writes; nothing is sent once a lease has run out |
+//! | read | [`stream::reader`], [`run::source`] | from the checkpoint to the end of the shard, the last page's records included |
+//! | decode | [`stream::change`] | images are moved into the types that are written, never cloned |
+//! | coalesce | [`apply::coalesce`] (pure) | order per key, one write of a key at a time, and how far everything is durable |
+//! | apply | [`apply::batch`], [`apply::budget`] | batches of 25; a rejected one is bisected; within the write budget |
+//! | give up | [`dead_letter`], [`run::letter`] | a record the replica can never take is stored before the checkpoint passes it |
+//! | checkpoint | [`run::shard`] | follows the data, never the reading |
+//!
+//! # The house
+//!
+//! * [`cli`] holds the commands; `main` only turns their [`error::Exit`] into an exit code.
+//! * [`run`] puts the worker together and stops it in order; [`run::table`] follows a table,
+//!   [`run::shard`] a shard.
+//! * [`lease::control`] (pure) decides which region is active.
+//! * [`jobs`] are one-shot: provision, compare.
+//! * [`error`] maps every error to one policy, and holds the sentences that people read.
+//! * [`dynamo`] makes the SDK clients, and knows items, keys and tables.
+//! * [`observe`] is what the outside sees: metrics, health.
+//! * `embedded` (cargo feature) is a DynamoDB inside the program, and a gateway that does to it
+//!   what AWS does.
+
 pub mod apply;
 pub mod backoff;
 pub mod cli;

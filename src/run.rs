@@ -5,6 +5,7 @@
 //!   stop:  shards drain, checkpoint, release ─▶ tables ─▶ state table ─▶ metrics and health
 //! ```
 
+pub mod context;
 pub mod letter;
 pub mod rows;
 pub mod shard;
@@ -24,78 +25,18 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::config::read::Loaded;
-use crate::dead_letter::Store;
-use crate::dynamo::RegionClients;
-use crate::error::{Exit, Fault};
-use crate::lease::row::GapRow;
-use crate::lease::table::{StateTable, record_gap};
+use crate::error::Exit;
 use crate::observe::board::Board;
-use crate::observe::health::{Health, Scope};
+use crate::observe::health::Health;
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
+use context::Shared;
 use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// What all tasks of a feeding worker share.
-pub struct Shared {
-    /// The configuration.
-    pub config: Config,
-    /// Number of the epoch all leases belong to.
-    pub epoch: u64,
-    /// This process start, as lease rows name it.
-    pub owner: String,
-    /// The active region.
-    pub source: RegionClients,
-    /// The region fed.
-    pub target: RegionClients,
-    /// The state table.
-    pub state: StateTable,
-    /// Where dead letters go.
-    pub dead_letters: Store,
-    /// Lists shards at one pace.
-    pub lister: Lister,
-    /// Live, ready, and why not.
-    pub health: Arc<Health>,
-    /// Where the shards stand.
-    pub board: Arc<Board>,
-    /// Snapshots of the state table.
-    pub rows: watch::Receiver<Arc<Snapshot>>,
-    /// Asks for a new snapshot.
-    pub rescan: Arc<Notify>,
-}
-
-impl Shared {
-    /// Stores a gap row, however long it takes.
-    pub async fn store_gap(&self, gap: &GapRow) {
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let part = &gap.lease_key;
-        while let Err(fault) = record_gap(&self.state, gap).await {
-            self.report_state(&gap.table, part, &fault);
-            tokio::time::sleep(backoff.pause()).await;
-        }
-        self.health.succeeded(Scope::State, &gap.table, part);
-        self.rescan.notify_one();
-    }
-
-    fn report_state(&self, table: &str, part: &str, fault: &Fault) {
-        self.health.failed(Scope::State, table, part, fault);
-    }
-
-    /// The id that the source table had when its stream was first followed.
-    pub async fn known_table_id(&self, table: &str) -> Option<String> {
-        let mut rows = self.rows.clone();
-        let snapshot = rows.wait_for(|snapshot| snapshot.read).await.ok()?;
-        snapshot
-            .streams
-            .iter()
-            .filter(|row| row.table == table)
-            .find_map(|row| row.table_id.clone())
-    }
-}
 
 /// A worker, ready to run.
 pub struct Worker {

@@ -617,3 +617,18 @@ async fn the_tables_of_a_server_that_ran_before_keep_their_records() {
     walk.reach(&streams, &arn, 2).await;
     assert_eq!(walk.history()["a"], [Some(1), Some(2)]);
 }
+
+#[tokio::test]
+async fn an_embedded_server_is_cut_and_serves_the_same_data_again() {
+    let mut gateway = Gateway::start(Options::new(14)).await.unwrap();
+    let (dynamo, _) = clients(&gateway).await;
+    table(&dynamo, "orders").await;
+    put(&dynamo, "orders", "a", 1).await;
+    gateway.embedded_mut().cut().await;
+    let put_again = dynamo.put_item().table_name("orders").item("pk", s("a"));
+    let refused = put_again.send().await.unwrap_err();
+    assert_eq!(refused.code(), Some("InternalServerError"));
+    gateway.embedded_mut().resume().await.unwrap();
+    let got = dynamo.get_item().table_name("orders").key("pk", s("a"));
+    assert_eq!(got.send().await.unwrap().item().unwrap()["v"], n(1));
+}

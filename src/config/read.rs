@@ -384,6 +384,40 @@ fn validate(config: &Config, environment: &[(String, String)]) -> Result<String,
             );
         }
     }
+    for label in config.regions.keys() {
+        let mut taken = BTreeSet::new();
+        for (index, table) in config.tables.iter().enumerate() {
+            let name = table.name_in(label);
+            if !taken.insert(name) {
+                return refuse(
+                    format!(
+                        "tables[{index}]: two tables are called `{name}` in {label}, and each would overwrite the other"
+                    ),
+                    "Give each table a name of its own in every region",
+                );
+            }
+        }
+    }
+    for (label, region) in &config.regions {
+        let twin = config.regions.iter().find(|(other, candidate)| {
+            *other > label
+                && !region.is_embedded()
+                && config.region_name(other) == config.region_name(label)
+                && (
+                    &candidate.endpoint_url,
+                    &candidate.profile,
+                    &candidate.role_arn,
+                ) == (&region.endpoint_url, &region.profile, &region.role_arn)
+        });
+        if let Some((twin, _)) = twin {
+            return refuse(
+                format!(
+                    "regions.{twin}: it is the same place as regions.{label}, and a table would be replicated into itself"
+                ),
+                "Give the two labels different regions, endpoints or accounts",
+            );
+        }
+    }
     if config.tables.is_empty() {
         return refuse(
             "tables: none is listed".to_owned(),

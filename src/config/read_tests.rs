@@ -148,6 +148,16 @@ fn what_types_cannot_say_is_refused_by_name() {
             "name = \"orders\"\nstart = \"yesterday\"",
             "trim-horizon",
         ),
+        (
+            "name = \"orders\"",
+            "name = \"orders\"\n[[tables]]\nname = \"b\"\nnames = { us-west-2 = \"orders\" }",
+            "called `orders` in us-west-2",
+        ),
+        (
+            "[regions.us-west-2]",
+            "[regions.us-west-2]\nregion = \"us-east-1\"",
+            "replicated into itself",
+        ),
     ] {
         assert!(MINIMAL.contains(from));
         let text = why(&MINIMAL.replace(from, to));

@@ -4,6 +4,8 @@
 //! nobody but the caller retries: the SDK's own retries are off.
 
 pub mod clock;
+#[cfg(feature = "failpoints")]
+mod failpoint;
 pub mod item;
 pub mod json;
 pub mod table;
@@ -66,23 +68,23 @@ impl Regions {
         #[cfg(feature = "embedded")]
         let mut embedded = Vec::new();
         for (label, region) in &config.regions {
-            let mut region = region.clone();
             let inside = region.is_embedded();
             #[cfg(feature = "embedded")]
-            if inside {
-                let server = crate::embedded::EmbeddedServer::start()
-                    .await
-                    .map_err(|error| {
-                        Failure::new(
-                            format!("The embedded region {label} could not start"),
-                            error.to_string(),
-                            "Free a loopback port and try again",
-                        )
-                    })?;
-                region.endpoint_url = Some(server.endpoint_url());
-                embedded.push(server);
-            }
-            let clients = connect_region(label, &region, inside).await;
+            let started = match inside {
+                true => Some(start_embedded(label).await?),
+                false => None,
+            };
+            #[cfg(feature = "embedded")]
+            let region = &match &started {
+                Some(server) => Region {
+                    endpoint_url: Some(server.endpoint_url()),
+                    ..region.clone()
+                },
+                None => region.clone(),
+            };
+            #[cfg(feature = "embedded")]
+            embedded.extend(started);
+            let clients = connect_region(label, region, inside).await;
             by_label.insert(label.clone(), clients);
         }
         Ok(Self {
@@ -101,6 +103,19 @@ impl Regions {
     pub fn iter(&self) -> impl Iterator<Item = &RegionClients> {
         self.by_label.values()
     }
+}
+
+#[cfg(feature = "embedded")]
+async fn start_embedded(label: &str) -> Result<crate::embedded::EmbeddedServer, Failure> {
+    crate::embedded::EmbeddedServer::start()
+        .await
+        .map_err(|error| {
+            Failure::new(
+                format!("The embedded region {label} could not start"),
+                error.to_string(),
+                "Free a loopback port and try again",
+            )
+        })
 }
 
 async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionClients {
@@ -143,6 +158,13 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
         .interceptor(ClockInterceptor::new(Arc::clone(&clock)));
     let mut streams = aws_sdk_dynamodbstreams::config::Builder::from(&sdk)
         .interceptor(ClockInterceptor::new(Arc::clone(&clock)));
+    #[cfg(feature = "failpoints")]
+    if let Some(failpoint) = failpoint::Failpoint::from_environment() {
+        let failpoint =
+            aws_smithy_runtime_api::client::interceptors::SharedInterceptor::new(failpoint);
+        tables = tables.interceptor(failpoint.clone());
+        streams = streams.interceptor(failpoint);
+    }
     if let Some(url) = &region.endpoint_url {
         tables = tables.endpoint_url(url);
         streams = streams.endpoint_url(url);

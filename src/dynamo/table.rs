@@ -69,3 +69,11 @@ pub fn enabled_stream(table: &TableDescription) -> Option<(&str, Option<&StreamV
     }
     Some((table.latest_stream_arn()?, specification.stream_view_type()))
 }
+
+/// Whether a stream of this view type says what an item became.
+pub fn holds_new_images(view: Option<&StreamViewType>) -> bool {
+    matches!(
+        view,
+        Some(StreamViewType::NewAndOldImages | StreamViewType::NewImage)
+    )
+}

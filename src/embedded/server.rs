@@ -5,8 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dynoxide::Database;
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+
+/// Threads of a server: its database serves one call at a time, the others decode and encode.
+const THREADS: usize = 2;
 
 /// Why an embedded server could not start.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +34,7 @@ pub struct EmbeddedServer {
     database: Database,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
+    runtime: Option<Runtime>,
 }
 
 impl EmbeddedServer {
@@ -51,11 +56,22 @@ impl EmbeddedServer {
 
     async fn serve(address: SocketAddr, database: Database) -> Result<Self, StartError> {
         let listen = |source| StartError::Listen { address, source };
-        let listener = listen_on(address).map_err(listen)?;
+        // A runtime of its own: its handlers block their thread for as long as the database does,
+        // which must not hold up the timers of whoever embeds it.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(THREADS)
+            .thread_name("embedded-dynamodb")
+            .enable_all()
+            .build()
+            .map_err(listen)?;
+        let listener = {
+            let _inside = runtime.enter();
+            listen_on(address).map_err(listen)?
+        };
         let bound = listener.local_addr().map_err(listen)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let served = database.clone();
-        let task = tokio::spawn(async move {
+        let task = runtime.spawn(async move {
             // A dropped sender ends the server like a sent message does.
             let shutdown = async move {
                 let _ = stopped.await;
@@ -71,6 +87,7 @@ impl EmbeddedServer {
             database,
             stop: Some(stop),
             task,
+            runtime: Some(runtime),
         })
     }
 
@@ -107,6 +124,10 @@ impl EmbeddedServer {
 impl Drop for EmbeddedServer {
     fn drop(&mut self) {
         self.stop.take();
+        if let Some(runtime) = self.runtime.take() {
+            // Waiting for its threads is not allowed in an asynchronous context.
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -139,10 +160,10 @@ fn open_database() -> Result<Database, StartError> {
     let indexer = rusqlite::Connection::open(&name).map_err(|e| failed(&e))?;
     indexer
         .execute_batch(
-            "CREATE INDEX IF NOT EXISTS farshore_stream_by_table
-                 ON _stream_records(table_name, CAST(sequence_number AS INTEGER));
-             CREATE INDEX IF NOT EXISTS farshore_stream_by_shard
-                 ON _stream_records(table_name, shard_id, CAST(sequence_number AS INTEGER));",
+            // One index for both of its questions, the newest number of a table and the records of
+            // a shard after a number: each further one costs every write.
+            "CREATE INDEX IF NOT EXISTS farshore_stream_by_number
+                 ON _stream_records(table_name, CAST(sequence_number AS INTEGER), shard_id);",
         )
         .map_err(|e| failed(&e))?;
     Ok(database)

@@ -6,7 +6,7 @@ use super::row::ControlRow;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
     /// It holds this record.
-    Record(ControlRow),
+    Record(Box<ControlRow>),
     /// It answered and has no record (or there is no state table).
     None,
     /// It did not answer. That is not the same as having none.
@@ -78,7 +78,7 @@ mod tests {
     fn record(epoch: u64, active: &str) -> Answer {
         let mut row = ControlRow::first("g", active, "test", "now".into());
         row.epoch = epoch;
-        Answer::Record(row)
+        Answer::Record(Box::new(row))
     }
 
     fn decided(active: &str, epoch: u64) -> Verdict {

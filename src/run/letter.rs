@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::table::TableContext;
+use super::context::TableContext;
 use crate::backoff::Backoff;
 use crate::dead_letter::message::{DeadLetter, Place, Reason, VERSION};
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::json::item_to_json;
-use crate::dynamo::value::item_from_stream;
+use crate::dynamo::value::{Item, item_from_stream};
 use crate::error::{Class, Fault};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -55,9 +55,11 @@ impl Letter {
         shard: &str,
         sequence: &SequenceNumber,
         created_ms: i64,
+        keys: Option<&Item>,
         why: &str,
     ) -> Self {
         let mut letter = Self::blank(context, shard, created_ms);
+        letter.keys = keys.map(item_to_json);
         letter.sequence_number = Some(sequence.as_str().to_owned());
         letter.error = Reason {
             class: Class::Undecodable.label().to_owned(),

@@ -10,9 +10,9 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::context::TableContext;
 use super::letter::Letter;
 use super::source::{Read, read_shard};
-use super::table::TableContext;
 use crate::apply::batch::{BATCH_OPS_MAX, Outcome, Sent};
 use crate::apply::coalesce::{Op, SlotId, Window};
 use crate::backoff::Backoff;
@@ -212,6 +212,7 @@ impl<'a> Consumer<'a> {
                             &self.shard,
                             &sequence,
                             bad.created_ms,
+                            bad.keys.as_ref(),
                             &bad.why,
                         );
                         self.deliver(slot, None, None, Class::Undecodable, letter);

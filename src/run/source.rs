@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::table::TableContext;
+use super::context::TableContext;
 use crate::backoff::Backoff;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Fault, Policy};

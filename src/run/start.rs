@@ -7,7 +7,7 @@ use futures::future::join_all;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
 use crate::dead_letter::Store;
-use crate::dynamo::table::{describe, enabled_stream, primary_key, show_key};
+use crate::dynamo::table::{describe, enabled_stream, holds_new_images, primary_key, show_key};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Operation};
 use crate::lease::control::{Answer, Verdict, decide};
@@ -124,7 +124,7 @@ pub async fn find_active(
                     "Give this group its own state table with leases.table",
                 ));
             }
-            Ok(Some(record)) => Answer::Record(record),
+            Ok(Some(record)) => Answer::Record(Box::new(record)),
             Ok(None) => Answer::None,
             Err(fault) if fault.class == Class::NotFound => Answer::None,
             // The region this process feeds must answer; nothing works without it.
@@ -208,7 +208,7 @@ pub fn check_stream(region: &RegionClients, table: &TableDescription) -> Result<
             "It has no stream",
             format!("Enable one: {enable}"),
         )),
-        Some((_, Some(StreamViewType::NewAndOldImages | StreamViewType::NewImage))) => Ok(()),
+        Some((_, view)) if holds_new_images(view) => Ok(()),
         Some((_, view)) => Err(Failure::new(
             what,
             format!(

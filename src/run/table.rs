@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::Shared;
+use super::context::{Shared, TableContext};
 use super::rows::Snapshot;
 use super::shard::{Ended, consume};
 use crate::apply::batch::Writer;
@@ -15,7 +15,7 @@ use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::{Start, Table};
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::dynamo::table::{describe, enabled_stream};
+use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::error::{Class, Fault, Operation};
 use crate::lease::held::Lease;
 use crate::lease::row::{FORMAT_VERSION, GapReason, GapRow, ShardRow, StreamRow};
@@ -25,25 +25,8 @@ use crate::stream::lineage::{Tracked, plan};
 use crate::stream::reader::Position;
 use crate::stream::{Shard, ShardId, stream_label};
 
-/// How often the children of an ended shard are asked for before the whole stream is listed: the
-/// answer may be empty at first.
-const CHILDREN_ATTEMPTS: u32 = 10;
-const CHILDREN_FIRST_PAUSE: Duration = Duration::from_millis(50);
-const CHILDREN_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// One stream of one table, and what is needed to replay it.
-pub struct TableContext {
-    /// What the whole worker shares.
-    pub shared: Arc<Shared>,
-    /// The table's configuration.
-    pub table: Table,
-    /// The stream being replayed.
-    pub stream_arn: String,
-    /// Writes to the replica.
-    pub writer: Arc<Writer>,
-}
 
 /// What the source says of a table now.
 struct Identity {
@@ -121,8 +104,13 @@ async fn identify(shared: &Shared, table: &Table) -> Result<Identity, Fault> {
                 "the source table is not there",
             )
         })?;
+    // A stream made anew may hold less than replication needs: records without new images would
+    // all be refused, so it is not followed at all.
+    let stream_arn = enabled_stream(&description)
+        .filter(|(_, view)| holds_new_images(*view))
+        .map(|(arn, _)| arn.to_owned());
     Ok(Identity {
-        stream_arn: enabled_stream(&description).map(|(arn, _)| arn.to_owned()),
+        stream_arn,
         table_id: description.table_id,
     })
 }
@@ -140,8 +128,8 @@ async fn accept(
         let fault = Fault::own(
             Operation::DescribeStream,
             Class::NotFound,
-            "no stream",
-            "the source table has no stream any more",
+            "no usable stream",
+            "the source table has no stream with new images any more",
         );
         health.failed(Scope::Source, &table.name, "stream", &fault);
         return None;
@@ -520,59 +508,5 @@ impl Stream {
             (key, ended)
         });
         Ok(())
-    }
-}
-
-impl TableContext {
-    async fn create_shard_row(
-        &self,
-        shard: &ShardId,
-        parent: Option<&ShardId>,
-        start: &Position,
-    ) -> Result<(), Fault> {
-        let shared = &self.shared;
-        let row = ShardRow::new(
-            shared.epoch,
-            &self.table.name,
-            &self.stream_arn,
-            shard,
-            parent,
-            start,
-        );
-        // Refused means that it is there already, which is as good.
-        shared.state.create(&row).await.map(|_| ())
-    }
-
-    /// Finds the children of an ended shard and sees to it that they have rows. The listing of
-    /// children may lag behind the end of their parent, so it is asked several times, and then
-    /// the whole stream is listed. A stream that was disabled has none.
-    ///
-    /// # Errors
-    /// The fault of the call that failed.
-    pub async fn children_of(&self, row: &ShardRow) -> Result<Vec<ShardId>, Fault> {
-        let lister = &self.shared.lister;
-        let parent = row.shard();
-        let mut backoff = Backoff::new(CHILDREN_FIRST_PAUSE, CHILDREN_LONGEST_PAUSE);
-        let mut children = Vec::new();
-        for _ in 0..CHILDREN_ATTEMPTS {
-            children = lister.children(&row.stream_arn, &parent).await?;
-            if !children.is_empty() {
-                break;
-            }
-            tokio::time::sleep(backoff.pause()).await;
-        }
-        if children.is_empty() {
-            let listing = lister.all(&row.stream_arn).await?;
-            children = listing
-                .shards
-                .into_iter()
-                .filter(|shard| shard.parent.as_ref() == Some(&parent))
-                .collect();
-        }
-        for child in &children {
-            self.create_shard_row(&child.id, Some(&parent), &Position::TrimHorizon)
-                .await?;
-        }
-        Ok(children.into_iter().map(|child| child.id).collect())
     }
 }

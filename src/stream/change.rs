@@ -70,6 +70,8 @@ pub struct Undecodable {
     pub sequence: Option<SequenceNumber>,
     /// When the source made it, in milliseconds; 0 where unknown.
     pub created_ms: i64,
+    /// The key attributes, where those could be read: enough to bring the item home.
+    pub keys: Option<Item>,
     /// Why, without anything of the item.
     pub why: String,
 }
@@ -81,7 +83,7 @@ pub struct Undecodable {
 /// know.
 pub fn decode(record: Record) -> Result<Change, Box<Undecodable>> {
     let Some(data) = record.dynamodb else {
-        return Err(undecodable(None, 0, "it has no body"));
+        return Err(undecodable(None, 0, None, "it has no body"));
     };
     let created_ms = data
         .approximate_creation_date_time
@@ -92,9 +94,15 @@ pub fn decode(record: Record) -> Result<Change, Box<Undecodable>> {
         .as_deref()
         .and_then(SequenceNumber::parse);
     let Some(sequence) = sequence else {
-        return Err(undecodable(None, created_ms, "it has no sequence number"));
+        return Err(undecodable(
+            None,
+            created_ms,
+            None,
+            "it has no sequence number",
+        ));
     };
-    let refuse = |why: &str| undecodable(Some(sequence.clone()), created_ms, why);
+    let keys = data.keys.and_then(|keys| item_from_stream(keys).ok());
+    let refuse = |why: &str| undecodable(Some(sequence.clone()), created_ms, keys.clone(), why);
     let event = match record.event_name {
         Some(OperationType::Insert) => Event::Insert,
         Some(OperationType::Modify) => Event::Modify,
@@ -102,20 +110,20 @@ pub fn decode(record: Record) -> Result<Change, Box<Undecodable>> {
         _ => return Err(refuse("its event is none of INSERT, MODIFY and REMOVE")),
     };
     let unknown = |_| refuse("it holds an attribute of a type this version does not know");
-    let keys = item_from_stream(data.keys.unwrap_or_default()).map_err(unknown)?;
-    if keys.is_empty() {
-        return Err(refuse("it has no key"));
-    }
-    let old_bytes = data
-        .old_image
-        .as_ref()
-        .map_or(0, |image| stream_item_bytes(image));
+    let old_bytes = data.old_image.as_ref().map_or(0, stream_item_bytes);
     let new_image = match (event, data.new_image) {
         (Event::Remove, _) => None,
         (_, Some(image)) => Some(item_from_stream(image).map_err(unknown)?),
         (_, None) => return Err(refuse("it has no new image, so the view type is wrong")),
     };
     let new_bytes = new_image.as_ref().map_or(0, item_bytes);
+    let keys = match keys {
+        Some(keys) if !keys.is_empty() => keys,
+        _ => {
+            let why = "it has no key that can be read";
+            return Err(undecodable(Some(sequence), created_ms, None, why));
+        }
+    };
     let ttl_delete = event == Event::Remove
         && record.user_identity.is_some_and(|identity| {
             identity.r#type.as_deref() == Some("Service")
@@ -135,10 +143,16 @@ pub fn decode(record: Record) -> Result<Change, Box<Undecodable>> {
     })
 }
 
-fn undecodable(sequence: Option<SequenceNumber>, created_ms: i64, why: &str) -> Box<Undecodable> {
+fn undecodable(
+    sequence: Option<SequenceNumber>,
+    created_ms: i64,
+    keys: Option<Item>,
+    why: &str,
+) -> Box<Undecodable> {
     Box::new(Undecodable {
         sequence,
         created_ms,
+        keys,
         why: why.to_owned(),
     })
 }
@@ -214,6 +228,7 @@ mod tests {
     fn a_record_without_what_it_needs_is_undecodable_and_keeps_its_position() {
         let bad = decode(record(OperationType::Modify, None)).unwrap_err();
         assert_eq!(bad.sequence, SequenceNumber::parse("42"));
+        assert!(bad.keys.is_some_and(|keys| keys.contains_key("id")));
         assert!(
             decode(Record::builder().build())
                 .unwrap_err()

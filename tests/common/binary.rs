@@ -62,6 +62,11 @@ pub struct Worker {
 impl Worker {
     /// Starts a worker; its log goes to a file beside the configuration.
     pub fn start(config: &Path) -> Self {
+        Self::start_with(config, &[])
+    }
+
+    /// As [`start`](Self::start), with variables of its own.
+    pub fn start_with(config: &Path, environment: &[(&str, &str)]) -> Self {
         let text = text_of(config);
         let port = text
             .split("listen = \"127.0.0.1:")
@@ -77,6 +82,7 @@ impl Worker {
             .open(&log)
             .unwrap();
         let child = farshore(&["run", "--config", config.to_str().unwrap()])
+            .envs(environment.iter().copied())
             .stdout(file.try_clone().unwrap())
             .stderr(file)
             .spawn()
@@ -136,6 +142,15 @@ impl Worker {
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.child.id() as i32).unwrap();
         kill_process(pid, signal).unwrap();
+    }
+
+    /// Whether the process is stopped (SIGSTOP).
+    pub fn is_stopped(&self) -> bool {
+        let stat = text_of(Path::new(&format!("/proc/{}/stat", self.child.id())));
+        // The state follows the name, which stands in parentheses.
+        stat.rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.trim_start().starts_with('T'))
     }
 
     /// SIGKILL.

@@ -110,3 +110,87 @@ fn answers_empty(parent: &str, faults: &[Arc<Rule>]) -> bool {
 fn millis(time: std::time::Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::super::dice::Seed;
+    use super::super::faults::{Fault, Subject};
+    use super::super::rules::Rules;
+    use super::*;
+
+    fn tree(seed: u64, count: usize, turns: &[usize]) -> ShardTree {
+        let mut tree = ShardTree::new(Seed::new(seed), "stream", count, 0);
+        for (ms, turn) in turns.iter().enumerate() {
+            let open = tree.open_ids();
+            let id = &open[turn % open.len()];
+            let ms = ms as i64;
+            let turned = match turn % 2 {
+                0 => tree.rotate(id, ms).map(|_| ()),
+                _ => tree.split(id, ms).map(|_| ()),
+            };
+            turned.unwrap();
+        }
+        tree
+    }
+
+    /// The ids of a whole listing, page by page.
+    fn listed(tree: &ShardTree, limit: usize, faults: &[Arc<Rule>]) -> Vec<String> {
+        let (mut ids, mut after) = (Vec::new(), None::<String>);
+        loop {
+            let query = Query {
+                after: after.as_deref(),
+                children_of: None,
+                limit,
+                now_ms: 1_000,
+            };
+            let page = page(tree, &query, faults);
+            assert!(page.shards.len() <= limit);
+            ids.extend(page.shards.iter().map(|listed| listed.shard.id.clone()));
+            after = page.last;
+            if after.is_none() {
+                return ids;
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pages_of_any_size_list_every_shard_once(
+            seed: u64, count in 1usize..12, limit in 1usize..8,
+            turns in proptest::collection::vec(0usize..100, 0..30),
+        ) {
+            let tree = tree(seed, count, &turns);
+            let all: Vec<String> = tree.iter().map(|shard| shard.id.clone()).collect();
+            prop_assert_eq!(listed(&tree, limit, &[]), all);
+        }
+
+        #[test]
+        fn a_shard_is_missed_once_at_most_and_others_do_not_move(
+            seed: u64, limit in 1usize..8,
+            turns in proptest::collection::vec(0usize..100, 0..30),
+        ) {
+            let tree = tree(seed, 3, &turns);
+            let rules = Rules::new(Seed::new(seed), String::new());
+            rules.add(Fault::missing_shard().chance(0.5));
+            let subject = Subject {
+                operation: "DescribeStream",
+                tables: &[],
+                keys: &[],
+                shard: None,
+            };
+            let faults = rules.concerning(&subject);
+            let mut seen: HashMap<String, usize> = HashMap::new();
+            for _ in 0..3 {
+                for id in listed(&tree, limit, &faults) {
+                    *seen.entry(id).or_default() += 1;
+                }
+            }
+            prop_assert_eq!(seen.len(), tree.iter().count());
+            prop_assert!(seen.values().all(|times| *times >= 2));
+        }
+    }
+}

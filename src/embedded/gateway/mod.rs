@@ -165,6 +165,12 @@ impl Gateway {
         &self.embedded
     }
 
+    /// The server behind it, to cut it and let it serve again: the gateway then answers table calls
+    /// with 500.
+    pub fn embedded_mut(&mut self) -> &mut EmbeddedServer {
+        &mut self.embedded
+    }
+
     /// Adds a fault to the end of the list.
     pub fn inject(&self, fault: Fault) -> FaultHandle {
         self.region.rules.add(fault)
