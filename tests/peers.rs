@@ -61,4 +61,5 @@ with_peers! {
     letters_fit_a_queue_with_a_lower_limit => peers_support::sizes::letters_fit_a_queue_with_a_lower_limit;
     a_queue_too_small_for_any_letter_is_refused => peers_support::sizes::a_queue_too_small_for_any_letter_is_refused;
     what_boto3_writes_while_the_worker_runs_arrives => peers_support::main_job::what_boto3_writes_while_the_worker_runs_arrives;
+    what_boto3_writes_while_the_worker_is_killed_arrives => peers_support::main_job::what_boto3_writes_while_the_worker_is_killed_arrives;
 }

@@ -1,10 +1,11 @@
 """Writes a workload into a table with boto3.
 
-    python workload.py ENDPOINT_URL REGION TABLE SEED OPERATIONS
+    python workload.py ENDPOINT_URL REGION TABLE SEED CALLS CALLS_PER_SECOND
 
-The table has the keys `pk` (S) and `sk` (N). OPERATIONS calls: puts, updates, deletes, batches and
-transactions over a few hundred keys, with values of every type. Prints what it did as JSON. The
-same seed does the same.
+The table has the keys `pk` (S) and `sk` (N). CALLS are puts, updates, deletes, batches and
+transactions over a few hundred keys, with values of every type; at most CALLS_PER_SECOND, so that
+something happens besides however fast the machine is. Prints what it did as JSON. The same seed
+does the same.
 """
 
 import json
@@ -162,17 +163,21 @@ class Workload:
         )
         return len(keys)
 
-    def run(self, operations):
+    def run(self, calls, calls_per_second):
         kinds = {"put": 40, "update": 30, "delete": 15, "batch": 12, "transaction": 3}
-        for name in self.random.choices(list(kinds), list(kinds.values()), k=operations):
+        start = time.monotonic()
+        for done, name in enumerate(self.random.choices(list(kinds), list(kinds.values()), k=calls)):
+            early = start + done / calls_per_second - time.monotonic()
+            if early > 0:
+                time.sleep(early)
             self.changes += getattr(self, name)()
             self.calls[name] += 1
 
 
-def main(endpoint, region, table, seed, operations):
+def main(endpoint, region, table, seed, calls, calls_per_second):
     workload = Workload(client(endpoint, region), table, int(seed))
     start = time.monotonic()
-    workload.run(int(operations))
+    workload.run(int(calls), float(calls_per_second))
     told = {
         "seed": int(seed),
         "calls": dict(sorted(workload.calls.items())),
