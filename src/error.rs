@@ -272,6 +272,11 @@ impl Class {
     }
 }
 
+/// Code of a row that a newer version wrote.
+pub const NEWER_ROW: &str = "newer row format";
+/// Code of a row that cannot be understood.
+pub const UNREADABLE_ROW: &str = "unreadable row";
+
 /// An error met while running, classified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
@@ -305,6 +310,12 @@ impl Fault {
     /// What the operator does next.
     pub fn next_step(&self) -> &'static str {
         self.class.next_step()
+    }
+
+    /// Whether a row of the state table is there and this version cannot read it.
+    pub fn is_unreadable(&self) -> bool {
+        self.operation == Operation::State
+            && matches!(self.code.as_str(), NEWER_ROW | UNREADABLE_ROW)
     }
 
     /// The fault without the service's message: safe for logs and health reasons, since it can
@@ -390,6 +401,13 @@ where
 
 /// The class of a service's error code, or of its HTTP status where the code says nothing.
 fn class_of(code: &str, status: u16) -> Class {
+    // SQS spells them `KMS.DisabledException`, DynamoDB `KMSDisabledException`.
+    if code.starts_with("KMS") || code.starts_with("Kms") {
+        return match code.contains("Throttl") {
+            true => Class::Throttled,
+            false => Class::Kms,
+        };
+    }
     // SQS sends its codes with a prefix on some endpoints.
     let code = code
         .rsplit(['#', '.'])
@@ -408,8 +426,7 @@ fn class_of(code: &str, status: u16) -> Class {
         | "ProvisionedThroughputExceededException"
         | "RequestLimitExceeded"
         | "LimitExceededException"
-        | "SlowDown"
-        | "KmsThrottled" => Class::Throttled,
+        | "SlowDown" => Class::Throttled,
         "InternalServerError"
         | "InternalFailure"
         | "InternalError"
@@ -450,7 +467,6 @@ fn class_of(code: &str, status: u16) -> Class {
         "ValidationException" => Class::Validation,
         "ItemCollectionSizeLimitExceededException" => Class::CollectionFull,
         "ConditionalCheckFailedException" => Class::Condition,
-        _ if code.starts_with("Kms") || code.starts_with("KMS") => Class::Kms,
         _ => match status {
             413 => Class::Validation,
             429 => Class::Throttled,
@@ -519,7 +535,16 @@ mod tests {
         );
         assert_eq!(class_of("", 503), Class::Service);
         assert_eq!(class_of("SomethingNew", 400), Class::Unknown);
-        assert_eq!(class_of("KMSDisabledException", 400), Class::Kms);
+        for code in [
+            "KMSDisabledException",
+            "KMS.DisabledException",
+            "KMS.AccessDeniedException",
+            "KmsInvalidState",
+        ] {
+            assert_eq!(class_of(code, 400), Class::Kms, "{code}");
+        }
+        assert_eq!(class_of("KMS.ThrottlingException", 400), Class::Throttled);
+        assert_eq!(class_of("KmsThrottled", 403), Class::Throttled);
     }
 
     #[test]

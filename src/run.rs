@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +35,8 @@ use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Dead letters on their way at once, over all tables.
+const LETTERS_AT_ONCE: usize = 8;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -133,7 +135,9 @@ async fn feed_until(
         source: feed.source,
         target: feed.target,
         state: feed.state,
+        keys: feed.keys,
         dead_letters: feed.dead_letters,
+        letters: Semaphore::new(LETTERS_AT_ONCE),
         health,
         board,
         rows,
@@ -148,30 +152,42 @@ async fn feed_until(
         owner = shared.owner,
         "feeding"
     );
-    let after_tables = CancellationToken::new();
-    let reader = tokio::spawn(watch_rows(
-        shared.state.clone(),
-        shared.config.leases.duration,
-        snapshots,
-        Arc::clone(&shared.rescan),
-        Arc::clone(&shared.health),
-        after_tables.clone(),
-    ));
+    // Dropped with this function, and their tasks with them.
+    let mut keepers = JoinSet::new();
+    keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
+    let beating = CancellationToken::new();
     let mut tables = JoinSet::new();
     for table in &shared.config.tables {
         shared.health.set_starting(&table.name);
         tables.spawn(supervise(Arc::clone(&shared), table.clone(), stop.clone()));
     }
-    beat(&shared.health, Some(&shared), metrics, stop).await;
-    tracing::info!(grace_seconds = grace.as_secs_f64(), "draining");
-    let drained =
-        tokio::time::timeout(grace, async { while tables.join_next().await.is_some() {} }).await;
-    after_tables.cancel();
-    reader.abort();
+    let drain = async {
+        stop.cancelled().await;
+        tracing::info!(grace_seconds = grace.as_secs_f64(), "draining");
+        tokio::time::timeout(grace, async {
+            let mut clean = true;
+            while let Some(ended) = tables.join_next().await {
+                clean &= ended.unwrap_or(false);
+            }
+            clean
+        })
+        .await
+    };
+    // The heart beats until the very end: draining is life.
+    let drained = tokio::select! {
+        drained = drain => drained,
+        () = beat(&shared.health, Some(&shared), metrics, &beating) => Ok(false),
+    };
     match drained {
-        Ok(()) => {
-            tracing::info!("drained: everything read is applied, checkpointed and released");
+        Ok(true) => {
+            tracing::info!("drained: what was under way is applied, checkpointed and released");
             Exit::Done
+        }
+        Ok(false) => {
+            tracing::error!(
+                "not all shards could be released; the next worker waits for their leases to expire and goes on from the last checkpoint"
+            );
+            Exit::Remains
         }
         Err(_) => {
             // Writes may be in flight, so leases are not released: they expire.
@@ -184,7 +200,12 @@ async fn feed_until(
 }
 
 /// Keeps a table followed: a task that ends by itself is noticed and started again.
-async fn supervise(shared: Arc<Shared>, table: crate::config::Table, stop: CancellationToken) {
+/// Returns whether all its shards were drained and released.
+async fn supervise(
+    shared: Arc<Shared>,
+    table: crate::config::Table,
+    stop: CancellationToken,
+) -> bool {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         // A set of one: dropped with this future, it takes the task with it.
@@ -194,15 +215,36 @@ async fn supervise(shared: Arc<Shared>, table: crate::config::Table, stop: Cance
             table.clone(),
             stop.clone(),
         ));
-        let panicked = matches!(task.join_next().await, Some(Err(_)));
+        let ended = task.join_next().await;
         if stop.is_cancelled() {
-            return;
+            return matches!(ended, Some(Ok(true)));
         }
+        let panicked = matches!(ended, Some(Err(_)));
         tracing::error!(
             table = table.name,
             panicked,
             "the task of a table ended by itself; it starts over"
         );
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// Keeps the state table read: without it no shard is found, taken or given up, so a reader that
+/// dies is started again.
+async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapshot>>) {
+    let snapshots = Arc::new(snapshots);
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let mut task = JoinSet::new();
+        task.spawn(watch_rows(
+            shared.state.clone(),
+            shared.config.leases.duration,
+            Arc::clone(&snapshots),
+            Arc::clone(&shared.rescan),
+            Arc::clone(&shared.health),
+        ));
+        task.join_next().await;
+        tracing::error!("the reader of the state table ended by itself; it starts over");
         tokio::time::sleep(backoff.pause()).await;
     }
 }
@@ -223,7 +265,13 @@ async fn beat(
         health.beat();
         metrics::ready(health.reasons().is_empty());
         if let Some(shared) = shared {
-            shared.board.publish(shared.source.clock.now_ms());
+            let rows = shared.rows.borrow().clone();
+            let open = rows
+                .shards
+                .iter()
+                .filter(|row| row.epoch == shared.epoch && !row.is_finished())
+                .map(|row| (row.table.as_str(), row.shard_id.as_str(), row.proven_ms()));
+            shared.board.publish(open, shared.source.clock.now_ms());
         }
         if let Some(metrics) = metrics {
             metrics.run_upkeep();

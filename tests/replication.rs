@@ -22,6 +22,7 @@ promises! {
     all_types_arrive_byte_for_byte => suite::shapes::all_types_arrive_byte_for_byte;
     it_resumes_after_sigkill => suite::resumes_after_sigkill;
     it_stops_gracefully => suite::stops_gracefully;
+    it_stops_gracefully_in_mid_flow => suite::stops_gracefully_in_mid_flow;
     two_tables_replicate_at_once => suite::two_tables_at_once;
     latest_is_resolved_once => suite::latest_is_resolved_once;
     never_copied_is_never_green => suite::never_copied_is_never_green;

@@ -201,6 +201,7 @@ async fn a_rough_but_honest_service_loses_nothing() {
         .fault(Fault::unavailable().on("GetRecords").chance(0.05));
     let target = Options::new(seed ^ 1)
         .fault(Fault::unprocessed(0.4).chance(0.3))
+        .fault(Fault::error_after().on("BatchWriteItem").chance(0.1))
         .fault(Fault::error_before().on("BatchWriteItem").chance(0.1))
         .fault(
             Fault::throttle(Limit::Provisioned)

@@ -33,6 +33,7 @@ promises! {
     all_types_arrive_byte_for_byte => suite::shapes::all_types_arrive_byte_for_byte;
     it_resumes_after_sigkill => suite::resumes_after_sigkill;
     it_stops_gracefully => suite::stops_gracefully;
+    it_stops_gracefully_in_mid_flow => suite::stops_gracefully_in_mid_flow;
     two_tables_replicate_at_once => suite::two_tables_at_once;
     poison_is_isolated => suite::faults::poison_is_isolated;
     an_outage_of_the_source_is_waited_out => suite::faults::an_outage_of_the_source;

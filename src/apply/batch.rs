@@ -2,20 +2,27 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
+use tokio::sync::Mutex;
 
 use super::budget::Budget;
 use super::coalesce::Op;
 use crate::dynamo::item::ItemKey;
+use crate::dynamo::table::{KeyPart, describe, primary_key, show_key};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::held::Lease;
 use crate::observe::metrics;
 
 /// Operations of one `BatchWriteItem`; the service takes no more.
 pub const BATCH_OPS_MAX: usize = 25;
+/// Bytes of one `BatchWriteItem`, about. The service takes 16 MB; a tenth of it still gets through
+/// a slow line within the timeout.
+pub const BATCH_BYTES_MAX: usize = 2 << 20;
+/// How long a look at the replica's key is believed.
+const KEY_BELIEVED: Duration = Duration::from_secs(5);
 /// Longest wait for the answer to a write.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A write is not sent when less than this is left of its lease.
@@ -57,6 +64,10 @@ pub struct Writer {
     table: String,
     budget: Arc<Budget>,
     max_attempts: u32,
+    /// The primary key of source and replica, as they were when the worker started.
+    key: Vec<KeyPart>,
+    /// When the replica was last seen to have that key.
+    key_seen: Mutex<Option<Instant>>,
 }
 
 /// What one call did to its operations.
@@ -76,6 +87,7 @@ impl Writer {
         table: &str,
         budget: Arc<Budget>,
         max_attempts: u32,
+        key: Vec<KeyPart>,
     ) -> Self {
         Self {
             client,
@@ -83,7 +95,39 @@ impl Writer {
             table: table.to_owned(),
             budget,
             max_attempts,
+            key,
+            key_seen: Mutex::new(None),
         }
+    }
+
+    /// Checks that the replica still has the key that the records have. With another one it
+    /// refuses every record, and none of them is to blame: that is an outage, not poison.
+    async fn check_key(&self) -> Result<(), Fault> {
+        let mut seen = self.key_seen.lock().await;
+        if seen.is_some_and(|at| at.elapsed() < KEY_BELIEVED) {
+            return Ok(());
+        }
+        let changed = |message: String| {
+            Fault::own(
+                Operation::Write,
+                Class::NotFound,
+                "replica changed",
+                message,
+            )
+        };
+        let table = describe(&self.client, &self.target)
+            .await?
+            .ok_or_else(|| changed("the replica table is not there".to_owned()))?;
+        let key = primary_key(&table);
+        if key != self.key {
+            return Err(changed(format!(
+                "the replica's key is {} now, and the records have {}",
+                show_key(&key),
+                show_key(&self.key)
+            )));
+        }
+        *seen = Some(Instant::now());
+        Ok(())
     }
 
     /// Writes `ops` under `lease`. A batch that the replica rejects is bisected until each record
@@ -102,12 +146,7 @@ impl Writer {
             match self.send(lease, &group).await {
                 Answer::Done { unprocessed } => {
                     if !unprocessed.is_empty() {
-                        fault = Some(Fault::own(
-                            Operation::Write,
-                            Class::Throttled,
-                            "UnprocessedItems",
-                            "the service returned part of a batch unprocessed",
-                        ));
+                        fault = Some(unprocessed_fault());
                     }
                     for (index, op) in group.into_iter().enumerate() {
                         let outcome = if unprocessed.contains(&index) {
@@ -150,7 +189,7 @@ impl Writer {
                 Answer::Done { unprocessed } if unprocessed.is_empty() => {
                     return (Outcome::Applied, None);
                 }
-                Answer::Done { .. } => return (Outcome::Returned, None),
+                Answer::Done { .. } => return (Outcome::Returned, Some(unprocessed_fault())),
                 Answer::Failed(again) if again.policy() == Policy::DeadLetter => {
                     attempts += 1;
                     fault = again;
@@ -158,7 +197,10 @@ impl Writer {
                 Answer::Failed(other) => return (Outcome::Returned, Some(other)),
             }
         }
-        (Outcome::Refused { fault, attempts }, None)
+        match self.check_key().await {
+            Ok(()) => (Outcome::Refused { fault, attempts }, None),
+            Err(changed) => (Outcome::Returned, Some(changed)),
+        }
     }
 
     /// One call, inside the lease.
@@ -204,6 +246,15 @@ impl Writer {
             Err(fault) => Answer::Failed(fault),
         }
     }
+}
+
+fn unprocessed_fault() -> Fault {
+    Fault::own(
+        Operation::Write,
+        Class::Throttled,
+        "UnprocessedItems",
+        "the service returned part of a batch unprocessed",
+    )
 }
 
 fn request(op: &Op) -> Result<WriteRequest, Fault> {
@@ -261,6 +312,7 @@ fn positions(ops: &[Op], unprocessed: impl Iterator<Item = WriteRequest>) -> Vec
             (None, None) => return (0..ops.len()).collect(),
         };
         match by_key.get(&key) {
+            Some(index) if found.contains(index) => {}
             Some(index) => found.push(*index),
             None => return (0..ops.len()).collect(),
         }

@@ -26,6 +26,9 @@ use crate::dynamo::item::ItemKey;
 use crate::stream::change::Change;
 use crate::stream::sequence::SequenceNumber;
 
+/// What a slot costs by itself, so that records without a change are bounded, too.
+const SLOT_BYTES: usize = 128;
+
 /// Names a change within its window; grows in stream order.
 pub type SlotId = u64;
 
@@ -173,9 +176,13 @@ impl Window {
     /// Hands out up to `ops_max` changes of distinct keys, none of which has a write outstanding.
     /// Each must be answered by [`applied`](Self::applied), [`returned`](Self::returned) or
     /// [`refused`](Self::refused).
-    pub fn take(&mut self, ops_max: usize) -> Vec<Op> {
+    ///
+    /// Stops at `bytes_max` bytes, but hands out one change at least: a batch too large for the
+    /// line would time out, and be sent the same for ever.
+    pub fn take(&mut self, ops_max: usize, bytes_max: usize) -> Vec<Op> {
         let mut ops = Vec::with_capacity(ops_max.min(self.ready.len()));
-        while ops.len() < ops_max {
+        let mut bytes = 0;
+        while ops.len() < ops_max && bytes < bytes_max {
             let Some(key) = self.ready.pop_front() else {
                 break;
             };
@@ -194,6 +201,7 @@ impl Window {
                 change: Arc::clone(&entry.change),
             };
             queue.in_flight = Some(op.slot);
+            bytes += op.change.bytes;
             ops.push(op);
         }
         ops
@@ -261,7 +269,7 @@ impl Window {
 
     fn open_slot(&mut self, sequence: SequenceNumber, created_ms: i64, bytes: usize) -> SlotId {
         let slot = self.first + self.slots.len() as u64;
-        self.bytes += bytes;
+        self.bytes += SLOT_BYTES + bytes;
         self.slots.push_back(Slot {
             sequence,
             created_ms,
@@ -290,14 +298,17 @@ impl Window {
     fn done(&mut self, slot: SlotId) {
         let index = slot.checked_sub(self.first).map(|index| index as usize);
         if let Some(slot) = index.and_then(|index| self.slots.get_mut(index)) {
+            debug_assert!(!slot.done, "a slot is done once");
             slot.done = true;
+            // What is done holds no change any more, whatever waits before it.
+            self.bytes = self.bytes.saturating_sub(slot.bytes);
         }
         while self.slots.front().is_some_and(|slot| slot.done) {
             let Some(slot) = self.slots.pop_front() else {
                 break;
             };
             self.first += 1;
-            self.bytes = self.bytes.saturating_sub(slot.bytes);
+            self.bytes = self.bytes.saturating_sub(SLOT_BYTES);
             self.durable = Some(Durable {
                 sequence: slot.sequence,
                 created_ms: slot.created_ms,

@@ -33,7 +33,7 @@ fn only_the_last_change_of_a_key_is_written() {
     for (sequence, key) in [(1, 1), (2, 2), (3, 1)] {
         window.push(change(sequence, key));
     }
-    let ops = window.take(25);
+    let ops = window.take(25, usize::MAX);
     assert_eq!(sequences(&ops), [3, 2]);
     assert_eq!(window.applied(&ops[0]).len(), 2);
     assert_eq!(durable(&window), 1, "2 is not durable yet");
@@ -49,22 +49,25 @@ fn with_coalescing_off_every_change_is_written_in_order() {
         window.push(change(sequence, 7));
     }
     for expected in 1..=3 {
-        let ops = window.take(25);
+        let ops = window.take(25, usize::MAX);
         assert_eq!(sequences(&ops), [expected]);
         window.applied(&ops[0]);
     }
-    assert!(window.take(25).is_empty());
+    assert!(window.take(25, usize::MAX).is_empty());
 }
 
 #[test]
 fn a_newer_change_never_replaces_one_in_flight() {
     let mut window = Window::new(true);
     window.push(change(1, 1));
-    let first = window.take(25);
+    let first = window.take(25, usize::MAX);
     window.push(change(2, 1));
-    assert!(window.take(25).is_empty(), "one write of a key at a time");
+    assert!(
+        window.take(25, usize::MAX).is_empty(),
+        "one write of a key at a time"
+    );
     window.returned(&first[0]);
-    let again = window.take(25);
+    let again = window.take(25, usize::MAX);
     assert_eq!(
         sequences(&again),
         [2],
@@ -79,10 +82,10 @@ fn poison_among_coalesced_changes_lets_the_last_acceptable_one_through() {
     for sequence in 1..=3 {
         window.push(change(sequence, 1));
     }
-    let newest = window.take(25);
+    let newest = window.take(25, usize::MAX);
     assert_eq!(sequences(&newest), [3]);
     window.refused(&newest[0]);
-    let before = window.take(25);
+    let before = window.take(25, usize::MAX);
     assert_eq!(sequences(&before), [2]);
     window.applied(&before[0]);
     assert_eq!(durable(&window), 2, "the dead letter is not delivered yet");
@@ -108,21 +111,41 @@ enum Step {
     Page(Vec<(u8, bool)>),
     /// Up to so many changes are sent as one batch.
     Send(usize),
-    /// One of the outstanding writes is answered: applied unless `lost`.
+    /// One of the outstanding writes is answered, or its answer is lost; a lost one may have taken
+    /// effect all the same.
     Answer {
         which: prop::sample::Index,
-        lost: bool,
+        answer: Answer,
     },
     /// One of the refused changes reaches the dead-letter queue.
     Deliver(prop::sample::Index),
+}
+
+/// What becomes of one write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// It is carried out (or refused, if it is poison), and the answer arrives.
+    Arrives,
+    /// It is not carried out, and no answer says so.
+    NeverHappened,
+    /// It is carried out, and no answer says so.
+    Lost,
+}
+
+fn answer() -> impl Strategy<Value = Answer> {
+    prop_oneof![
+        6 => Just(Answer::Arrives),
+        2 => Just(Answer::NeverHappened),
+        2 => Just(Answer::Lost),
+    ]
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         2 => prop::collection::vec((0u8..6, prop::bool::weighted(0.15)), 0..8).prop_map(Step::Page),
         3 => (1usize..5).prop_map(Step::Send),
-        5 => (any::<prop::sample::Index>(), prop::bool::weighted(0.3))
-            .prop_map(|(which, lost)| Step::Answer { which, lost }),
+        5 => (any::<prop::sample::Index>(), answer())
+            .prop_map(|(which, answer)| Step::Answer { which, answer }),
         1 => any::<prop::sample::Index>().prop_map(Step::Deliver),
     ]
 }
@@ -151,7 +174,7 @@ impl World {
     }
 
     fn send(&mut self, ops_max: usize) -> Result<(), TestCaseError> {
-        for op in self.window.take(ops_max) {
+        for op in self.window.take(ops_max, usize::MAX) {
             let key = self.stream[index(&op)].0;
             prop_assert!(
                 self.outstanding
@@ -164,25 +187,31 @@ impl World {
         Ok(())
     }
 
-    fn answer(&mut self, which: usize, lost: bool) -> Result<(), TestCaseError> {
+    fn answer(&mut self, which: usize, answer: Answer) -> Result<(), TestCaseError> {
         let op = self.outstanding.remove(which);
         let (key, poison) = self.stream[index(&op)];
-        if poison && !lost {
+        if poison && answer == Answer::Arrives {
             self.window.refused(&op);
             self.refused.push(op);
             return Ok(());
         }
-        if lost {
+        if poison || answer == Answer::NeverHappened {
             self.window.returned(&op);
             return Ok(());
         }
         let history = self.applied.entry(key).or_default();
         prop_assert!(
-            history.last().is_none_or(|last| *last < index(&op)),
+            history.last().is_none_or(|last| *last <= index(&op)),
             "an older change was applied over a newer one"
         );
-        history.push(index(&op));
-        self.window.applied(&op);
+        // Written once more after a lost answer, it is the same value.
+        if history.last() != Some(&index(&op)) {
+            history.push(index(&op));
+        }
+        match answer {
+            Answer::Lost => self.window.returned(&op),
+            _ => drop(self.window.applied(&op)),
+        }
         Ok(())
     }
 
@@ -231,8 +260,8 @@ proptest! {
             match step {
                 Step::Page(changes) => world.page(&changes),
                 Step::Send(ops_max) => world.send(ops_max)?,
-                Step::Answer { which, lost } if !world.outstanding.is_empty() => {
-                    world.answer(which.index(world.outstanding.len()), lost)?;
+                Step::Answer { which, answer } if !world.outstanding.is_empty() => {
+                    world.answer(which.index(world.outstanding.len()), answer)?;
                 }
                 Step::Deliver(which) if !world.refused.is_empty() => {
                     world.deliver(which.index(world.refused.len()));
@@ -248,7 +277,7 @@ proptest! {
             }
             world.send(25)?;
             while !world.outstanding.is_empty() {
-                world.answer(0, false)?;
+                world.answer(0, Answer::Arrives)?;
             }
             while !world.refused.is_empty() {
                 world.deliver(0);

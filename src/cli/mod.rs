@@ -64,8 +64,8 @@ enum Command {
     Run,
     /// Shows shards, owners, checkpoints and gaps from the state table of this region
     ///
-    /// Exit code 0: nothing needs a person; 1: a gap is open or a shard has no owner; 2: could not
-    /// read.
+    /// Exit code 0: nothing needs a person; 1: a gap is open, a shard has no owner or a silent one,
+    /// or nobody reads a table; 2: could not read.
     Status(status::Args),
     /// Creates replica tables, the state table with its control record, and the queue
     ///

@@ -9,6 +9,7 @@ use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Exit, Failure};
 use crate::lease::row::{ControlRow, GapRow, Row, ShardRow};
 use crate::lease::table::StateTable;
+use crate::observe::board::RETENTION_MS;
 use crate::run::start::unusable;
 
 /// Arguments of `status`.
@@ -58,12 +59,45 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     } else {
         answer(&as_text(&loaded, &found))?;
     }
-    let needs_person = !found.gaps.is_empty() || found.orphans().next().is_some();
+    let silent_after_ms = silent_after_ms(&loaded);
+    let unread = loaded
+        .config
+        .tables
+        .iter()
+        .any(|table| !found.open().any(|row| row.table == table.name));
+    let feeds = found
+        .control
+        .as_ref()
+        .is_none_or(|control| control.active != loaded.here);
+    let needs_person = !found.gaps.is_empty()
+        || found.orphans(silent_after_ms).next().is_some()
+        || found
+            .open()
+            .any(|row| silence_s(row, silent_after_ms).is_some())
+        || (unread && feeds);
     Ok(if needs_person {
         Exit::Remains
     } else {
         Exit::Done
     })
+}
+
+/// A row that its owner has not written for this long has no living owner: three leases.
+fn silent_after_ms(loaded: &Loaded) -> i64 {
+    i64::try_from(loaded.config.leases.duration.as_millis())
+        .unwrap_or(i64::MAX)
+        .saturating_mul(3)
+}
+
+/// For how many seconds the owner of `row` has been silent, if that is too long.
+fn silence_s(row: &ShardRow, silent_after_ms: i64) -> Option<i64> {
+    let silent_ms = host_ms() - row.updated_at?;
+    (row.lease_owner.is_some() && silent_ms > silent_after_ms).then_some(silent_ms / 1_000)
+}
+
+/// Seconds until the stream forgets the oldest position not known to be applied, now.
+fn headroom_s(row: &ShardRow) -> i64 {
+    (row.proven_ms() + RETENTION_MS - host_ms()).max(0) / 1_000
 }
 
 impl Found {
@@ -73,14 +107,16 @@ impl Found {
     }
 
     /// Open shards that nobody owns although nothing holds them back. A child waits for its
-    /// parent without an owner, and rightly so.
-    fn orphans(&self) -> impl Iterator<Item = &ShardRow> {
-        self.open().filter(|row| {
+    /// parent without an owner, and rightly so; at a rotation or a deploy nobody owns a shard for a
+    /// moment.
+    fn orphans(&self, after_ms: i64) -> impl Iterator<Item = &ShardRow> {
+        self.open().filter(move |row| {
             let waits = self.open().any(|parent| {
                 parent.stream_arn == row.stream_arn
                     && row.parent_shard_id.contains(&parent.shard_id)
             });
-            row.lease_owner.is_none() && !waits
+            let since_ms = row.updated_at.unwrap_or(row.created_at);
+            row.lease_owner.is_none() && !waits && host_ms() - since_ms > after_ms
         })
     }
 }
@@ -100,7 +136,8 @@ fn as_json(loaded: &Loaded, found: &Found) -> Value {
             "owner": row.lease_owner,
             "checkpoint": row.checkpoint,
             "appliedUntil": row.watermark.map(rfc3339),
-            "headroomSeconds": row.headroom,
+            "headroomSeconds": headroom_s(row),
+            "ownerSilentSeconds": silence_s(row, silent_after_ms(loaded)),
         })).collect::<Vec<_>>(),
         "gaps": found.gaps.iter().map(|gap| json!({
             "table": gap.table,
@@ -130,15 +167,24 @@ fn as_text(loaded: &Loaded, found: &Found) -> String {
             .filter(|row| row.table == table.name && row.is_finished())
             .count();
         lines.push(format!(
-            "\n{}: {} open shard(s), {finished} finished",
+            "\n{}: {} open shard(s), {finished} finished{}",
             table.name,
-            open.len()
+            open.len(),
+            if open.is_empty() {
+                ": NOBODY READS IT"
+            } else {
+                ""
+            }
         ));
         for row in open {
+            let silence = silence_s(row, silent_after_ms(loaded)).map_or_else(String::new, |s| {
+                format!("  SILENT for {s} s: is its worker dead?")
+            });
             lines.push(format!(
-                "  {}  {}  owner {}",
+                "  {}  {}  {} h left  owner {}{silence}",
                 row.shard_id,
                 progress(row),
+                headroom_s(row) / 3_600,
                 row.lease_owner.as_deref().unwrap_or("none"),
             ));
         }

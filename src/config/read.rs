@@ -25,6 +25,9 @@ pub struct Loaded {
 const OTHER_VARIABLES: &[&str] = &["FARSHORE_CONFIG", "FARSHORE_LOG", "FARSHORE_LONG"];
 const TEST_VARIABLES: &str = "FARSHORE_TEST_";
 
+/// An item has up to 400 KB.
+const READ_AHEAD_MIN: u64 = 512 * 1024;
+
 /// Reads `path`, applies `environment`, and validates.
 ///
 /// # Errors
@@ -452,6 +455,15 @@ fn validate(config: &Config, environment: &[(String, String)]) -> Result<String,
                 &format!("Set at least {least_ms}ms"),
             );
         }
+    }
+    if config.worker.read_ahead.as_u64() < READ_AHEAD_MIN {
+        return refuse(
+            format!(
+                "worker.read_ahead: {} is too little to hold one item",
+                config.worker.read_ahead
+            ),
+            "Set at least 512 KiB",
+        );
     }
     match (
         &config.dead_letters.queue_url,

@@ -188,6 +188,17 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
 }
 
 impl RegionClients {
+    /// A client for tables that waits at most `timeout` for an answer.
+    pub fn tables_within(&self, timeout: Duration) -> aws_sdk_dynamodb::Client {
+        let config = self.tables.config().to_builder().timeout_config(
+            TimeoutConfig::builder()
+                .connect_timeout(timeout.min(CONNECT_TIMEOUT))
+                .operation_timeout(timeout.min(OPERATION_TIMEOUT))
+                .build(),
+        );
+        aws_sdk_dynamodb::Client::from_conf(config.build())
+    }
+
     /// An SQS client in this region with its endpoint at `endpoint_url`.
     pub fn sqs(&self, endpoint_url: &str) -> aws_sdk_sqs::Client {
         let config = aws_sdk_sqs::config::Builder::from(&self.sdk)

@@ -2,14 +2,15 @@
 //! table with its control record, the dead-letter queue. Changes nothing that exists.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::operation::create_table::builders::CreateTableFluentBuilder;
 use aws_sdk_dynamodb::types::{
     AttributeDefinition, BillingMode, GlobalSecondaryIndex, KeySchemaElement, KeyType,
-    LocalSecondaryIndex, PointInTimeRecoverySpecification, ProvisionedThroughput,
-    ScalarAttributeType, StreamSpecification, StreamViewType, TableDescription, TableStatus,
+    LocalSecondaryIndex, PointInTimeRecoverySpecification, PointInTimeRecoveryStatus,
+    ProvisionedThroughput, ScalarAttributeType, StreamSpecification, StreamViewType,
+    TableDescription, TableStatus,
 };
 use aws_sdk_sqs::types::QueueAttributeName;
 
@@ -27,6 +28,7 @@ use crate::run::start::{check_keys, check_stream, find_active, unusable};
 /// Longest wait for a table to become active.
 const ACTIVE_WITHIN: Duration = Duration::from_secs(300);
 const ACTIVE_POLL: Duration = Duration::from_millis(200);
+const RECOVERY_POLL: Duration = Duration::from_secs(1);
 /// 14 days, the longest SQS keeps a message: a dead letter waits for a person.
 const RETENTION_SECONDS: &str = "1209600";
 /// Long enough to repair a key and delete its letter before anybody else sees it.
@@ -283,16 +285,7 @@ async fn plan_state(
                     name: name.clone(),
                 },
             });
-            plan.steps.push(Step {
-                text: format!(
-                    "turn on point-in-time recovery of {name} in {}",
-                    target.label
-                ),
-                action: Action::Recovery {
-                    client: target.tables.clone(),
-                    name: name.clone(),
-                },
-            });
+            plan.steps.push(recovery_step(target, &name));
             None
         }
         Some(table) => {
@@ -309,6 +302,13 @@ async fn plan_state(
             }
             plan.notes
                 .push(format!("state table {name} exists in {}", target.label));
+            // A run that stopped between the two left the table without it.
+            if lacks_recovery(&target.tables, &name)
+                .await
+                .map_err(|fault| unusable(target, &name, &fault))?
+            {
+                plan.steps.push(recovery_step(target, &name));
+            }
             state
                 .control()
                 .await
@@ -338,6 +338,40 @@ async fn plan_state(
         }
     }
     Ok(())
+}
+
+fn recovery_step(target: &RegionClients, name: &str) -> Step {
+    Step {
+        text: format!(
+            "turn on point-in-time recovery of {name} in {}",
+            target.label
+        ),
+        action: Action::Recovery {
+            client: target.tables.clone(),
+            name: name.to_owned(),
+        },
+    }
+}
+
+/// Whether a table is known to have no point-in-time recovery. Servers other than AWS may not know
+/// the call.
+async fn lacks_recovery(client: &Client, name: &str) -> Result<bool, Fault> {
+    let answer = client
+        .describe_continuous_backups()
+        .table_name(name)
+        .send()
+        .await;
+    match answer {
+        Ok(answer) => Ok(answer
+            .continuous_backups_description
+            .and_then(|backups| backups.point_in_time_recovery_description)
+            .and_then(|recovery| recovery.point_in_time_recovery_status)
+            .is_some_and(|status| status == PointInTimeRecoveryStatus::Disabled)),
+        Err(error) => match classify(Operation::Provision, &error) {
+            fault if fault.code == "UnknownOperationException" => Ok(false),
+            fault => Err(fault),
+        },
+    }
 }
 
 async fn plan_queue(
@@ -465,21 +499,31 @@ async fn turn_on_recovery(client: &Client, name: &str) -> Result<Option<String>,
                 error.to_string(),
             )
         })?;
-    let answer = client
-        .update_continuous_backups()
-        .table_name(name)
-        .point_in_time_recovery_specification(specification)
-        .send()
-        .await;
-    match answer {
-        Ok(_) => Ok(None),
-        Err(error) => match classify(Operation::Provision, &error) {
+    let began = Instant::now();
+    loop {
+        let answer = client
+            .update_continuous_backups()
+            .table_name(name)
+            .point_in_time_recovery_specification(specification.clone())
+            .send()
+            .await;
+        let fault = match answer {
+            Ok(_) => return Ok(None),
+            Err(error) => classify(Operation::Provision, &error),
+        };
+        match fault.code.as_str() {
             // Servers other than AWS may not know the call; AWS always does.
-            fault if fault.code == "UnknownOperationException" => Ok(Some(format!(
-                "point-in-time recovery of {name} is off: this endpoint does not know it"
-            ))),
-            fault => Err(fault),
-        },
+            "UnknownOperationException" => {
+                return Ok(Some(format!(
+                    "point-in-time recovery of {name} is off: this endpoint does not know it"
+                )));
+            }
+            // AWS enables the backups of a new table behind the scenes, and refuses until it has.
+            "ContinuousBackupsUnavailableException" if began.elapsed() < ACTIVE_WITHIN => {
+                tokio::time::sleep(RECOVERY_POLL).await;
+            }
+            _ => return Err(fault),
+        }
     }
 }
 

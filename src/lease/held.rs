@@ -14,11 +14,9 @@ use crate::error::{Class, Fault, Operation};
 use crate::stream::ShardId;
 use crate::stream::sequence::SequenceNumber;
 
-/// How far a shard is applied.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Checkpoint {
-    /// The last sequence number that is durable with all before it; `None` leaves it as it is.
-    pub sequence: Option<SequenceNumber>,
+/// Where a shard stands, as its row tells everybody else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
     /// Up to which moment of the source everything is applied, in milliseconds.
     pub watermark_ms: Option<i64>,
     /// Seconds until the stream forgets the oldest record not applied.
@@ -37,6 +35,8 @@ pub struct Lease {
     row: Mutex<ShardRow>,
     /// Until when the lease is good, by this host's monotonic clock.
     valid_until: StdMutex<Instant>,
+    /// What every update of the row says of the shard's position.
+    progress: StdMutex<Progress>,
     /// Cancelled when somebody else has the lease.
     lost: CancellationToken,
     shard: ShardId,
@@ -55,7 +55,11 @@ impl Lease {
         duration: Duration,
     ) -> Result<Option<Arc<Self>>, Fault> {
         let known_counter = row.lease_counter;
-        row.lease_owner = Some(owner.to_owned());
+        // A nonce for each take: even this process is somebody else the next time, so that two of
+        // its tasks can never believe in one lease.
+        let take: u32 = rand::random();
+        let owner = format!("{owner}.{take:08x}");
+        row.lease_owner = Some(owner.clone());
         row.lease_counter += 1;
         row.owner_switches_since_checkpoint += 1;
         row.updated_at = Some(host_ms());
@@ -64,9 +68,13 @@ impl Lease {
             Written::Refused => Ok(None),
             Written::Yes => Ok(Some(Arc::new(Self {
                 state: state.clone(),
-                owner: owner.to_owned(),
+                owner,
                 duration,
                 shard: row.shard(),
+                progress: StdMutex::new(Progress {
+                    watermark_ms: row.watermark,
+                    headroom_s: row.headroom,
+                }),
                 row: Mutex::new(row),
                 valid_until: StdMutex::new(sent + duration),
                 lost: CancellationToken::new(),
@@ -102,7 +110,13 @@ impl Lease {
         until.saturating_duration_since(Instant::now())
     }
 
-    /// Renews the lease without changing anything else.
+    /// Takes note of where the shard stands. The next update of the row says so, and every renewal
+    /// is one: an idle shard's row tells as much as a busy one's.
+    pub fn note(&self, progress: Progress) {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+
+    /// Renews the lease, and says where the shard stands.
     ///
     /// # Errors
     /// The fault of the call, or class `Condition` when the lease is lost.
@@ -110,20 +124,15 @@ impl Lease {
         self.update(|_| {}).await
     }
 
-    /// Stores how far the shard is applied. Renews the lease as well.
+    /// Stores the last sequence number that is durable with all before it. Renews the lease as
+    /// well.
     ///
     /// # Errors
     /// As [`renew`](Self::renew).
-    pub async fn checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), Fault> {
+    pub async fn checkpoint(&self, sequence: &SequenceNumber) -> Result<(), Fault> {
         self.update(|row| {
-            if let Some(sequence) = &checkpoint.sequence
-                && row.checkpoint != sequence.as_str()
-            {
-                row.checkpoint = sequence.as_str().to_owned();
-                row.owner_switches_since_checkpoint = 0;
-            }
-            row.watermark = checkpoint.watermark_ms.or(row.watermark);
-            row.headroom = checkpoint.headroom_s;
+            sequence.as_str().clone_into(&mut row.checkpoint);
+            row.owner_switches_since_checkpoint = 0;
         })
         .await
     }
@@ -149,7 +158,10 @@ impl Lease {
     /// As [`renew`](Self::renew).
     pub async fn release(&self) -> Result<(), Fault> {
         let result = self.update(|row| row.lease_owner = None).await;
-        self.lost.cancel();
+        // After a failure the lease may still be ours, and release may be tried again.
+        if result.is_ok() {
+            self.lost.cancel();
+        }
         result
     }
 
@@ -163,6 +175,9 @@ impl Lease {
                 break;
             }
             let mut next = known.clone();
+            let progress = *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+            next.watermark = progress.watermark_ms.or(next.watermark);
+            next.headroom = progress.headroom_s;
             change(&mut next);
             next.lease_counter = known.lease_counter + 1;
             next.updated_at = Some(host_ms());
@@ -175,7 +190,14 @@ impl Lease {
                 }
                 Written::Refused => {
                     let current = self.state.shard(&known.lease_key).await?;
-                    match after_refusal(current.as_ref(), &self.owner, known.lease_counter) {
+                    let releasing = next.lease_owner.is_none();
+                    match after_refusal(
+                        current.as_ref(),
+                        &self.owner,
+                        known.lease_counter,
+                        releasing,
+                    ) {
+                        Refused::Released => return Ok(()),
                         Refused::StillOurs { counter } => {
                             if let Some(current) = current {
                                 *known = current;

@@ -101,7 +101,14 @@ pub struct ShardRow {
     /// When the row was last written by its owner, in milliseconds; for people, never for rules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub updated_at: Option<i64>,
+    /// When the row was made, by the source's clock, in milliseconds since the epoch.
+    #[serde(default)]
+    pub created_at: i64,
 }
+
+/// A start that was never read for this long may have been trimmed in part: an hour less than the
+/// 24 h that a stream remembers.
+pub const UNREAD_LIMIT_MS: i64 = 23 * 60 * 60 * 1_000;
 
 impl ShardRow {
     /// A row for a shard that nobody has read yet. `start` is where it begins.
@@ -112,6 +119,7 @@ impl ShardRow {
         shard: &ShardId,
         parent: Option<&ShardId>,
         start: &Position,
+        now_ms: i64,
     ) -> Self {
         let (checkpoint, start_timestamp) = match start {
             Position::TrimHorizon => (TRIM_HORIZON.to_owned(), None),
@@ -136,7 +144,16 @@ impl ShardRow {
             watermark: None,
             headroom: None,
             updated_at: None,
+            created_at: now_ms,
         }
+    }
+
+    /// The last moment of the source, in milliseconds, at which nothing of the shard can have been
+    /// trimmed unread: its watermark, or when the row was made.
+    pub fn proven_ms(&self) -> i64 {
+        self.watermark
+            .unwrap_or(self.created_at)
+            .max(self.created_at)
     }
 
     /// The shard's id.

@@ -56,6 +56,8 @@ pub enum Refused {
         /// The row's counter.
         counter: u64,
     },
+    /// An earlier release of ours took effect although its answer was lost.
+    Released,
     /// Somebody else has it, or it is gone.
     Lost,
 }
@@ -63,8 +65,18 @@ pub enum Refused {
 /// Tells a lost lease from one whose last answer was lost. `owner` carries the nonce of this
 /// process start, so an earlier run of the same worker is somebody else. All our attempts from
 /// one counter write the next one, so more than one step ahead is not ours.
-pub fn after_refusal(row: Option<&ShardRow>, owner: &str, known_counter: u64) -> Refused {
+///
+/// `releasing` says that the update refused was a release: then a row without an owner, one step
+/// ahead, is most likely our own. If it is not (somebody took and released it in between), it is
+/// released all the same.
+pub fn after_refusal(
+    row: Option<&ShardRow>,
+    owner: &str,
+    known_counter: u64,
+    releasing: bool,
+) -> Refused {
     match row {
+        Some(row) if releasing && row.lease_owner.is_none() => Refused::Released,
         Some(row)
             if row.lease_owner.as_deref() == Some(owner)
                 && row.lease_counter == known_counter + 1 =>
@@ -85,7 +97,15 @@ mod tests {
 
     fn row(owner: Option<&str>, counter: u64) -> ShardRow {
         let shard = ShardId("s".into());
-        let mut row = ShardRow::new(1, "t", "arn/stream/l", &shard, None, &Position::TrimHorizon);
+        let mut row = ShardRow::new(
+            1,
+            "t",
+            "arn/stream/l",
+            &shard,
+            None,
+            &Position::TrimHorizon,
+            0,
+        );
         row.lease_owner = owner.map(str::to_owned);
         row.lease_counter = counter;
         row
@@ -119,19 +139,28 @@ mod tests {
     fn lost_and_regained_are_told_apart() {
         let ours = row(Some("me#1"), 5);
         assert_eq!(
-            after_refusal(Some(&ours), "me#1", 4),
+            after_refusal(Some(&ours), "me#1", 4, false),
             Refused::StillOurs { counter: 5 }
         );
         assert_eq!(
-            after_refusal(Some(&ours), "me#2", 4),
+            after_refusal(Some(&ours), "me#2", 4, false),
             Refused::Lost,
             "an earlier run"
         );
         assert_eq!(
-            after_refusal(Some(&ours), "me#1", 3),
+            after_refusal(Some(&ours), "me#1", 3, false),
             Refused::Lost,
             "lost and regained"
         );
-        assert_eq!(after_refusal(None, "me#1", 4), Refused::Lost);
+        let released = row(None, 5);
+        assert_eq!(
+            after_refusal(Some(&released), "me#1", 4, true),
+            Refused::Released
+        );
+        assert_eq!(
+            after_refusal(Some(&released), "me#1", 4, false),
+            Refused::Lost
+        );
+        assert_eq!(after_refusal(None, "me#1", 4, false), Refused::Lost);
     }
 }

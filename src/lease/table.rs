@@ -9,7 +9,7 @@ use super::row::{
     ControlRow, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, Row, ShardRow, StreamRow,
 };
 use crate::dynamo::value::Item;
-use crate::error::{Class, Fault, Operation, classify};
+use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
 
 /// Pages of a scan; a state table beyond this is not believed.
 const SCAN_PAGES_MAX: usize = 10_000;
@@ -176,7 +176,7 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         return Err(Fault::own(
             Operation::State,
             Class::Unknown,
-            "newer row format",
+            NEWER_ROW,
             format!(
                 "the row {} has format {}, and this version reads up to {FORMAT_VERSION}: upgrade Farshore here",
                 head.lease_key, head.format_version
@@ -198,7 +198,7 @@ fn parse<T: DeserializeOwned>(item: Item) -> Result<T, Fault> {
 }
 
 fn unreadable(message: &str) -> Fault {
-    Fault::own(Operation::State, Class::Unknown, "unreadable row", message)
+    Fault::own(Operation::State, Class::Unknown, UNREADABLE_ROW, message)
 }
 
 /// Gap rows are written once and may be there already.
@@ -227,6 +227,7 @@ mod tests {
             &shard,
             Some(&parent),
             &Position::AtTimestamp(1_000),
+            7,
         );
         assert_eq!(row.lease_key, "shard#3#orders#2026#shardId-1");
         let item: Item = serde_dynamo::to_item(&row).unwrap();

@@ -70,10 +70,21 @@ impl Board {
         }
     }
 
-    /// Sets the gauges of every table from its worst shard. `now_ms` is the source's clock.
-    pub fn publish(&self, now_ms: i64) {
-        for (table, shards) in self.shards().iter() {
-            super::metrics::leases_held(table, shards.len());
+    /// Sets the gauges of every table from its worst shard. `open` are all unfinished shards of the
+    /// state table, with the moment up to which each is proven: one that nobody here owns counts
+    /// as well. `now_ms` is the source's clock.
+    pub fn publish<'a>(&self, open: impl Iterator<Item = (&'a str, &'a str, i64)>, now_ms: i64) {
+        let ours = self.shards();
+        let mut all = ours.clone();
+        for (table, shard, proven_ms) in open {
+            let shards = all.entry(table.to_owned()).or_default();
+            shards.entry(shard.to_owned()).or_insert(Standing {
+                oldest_open_ms: None,
+                applied_until_ms: proven_ms,
+            });
+        }
+        for (table, shards) in &all {
+            super::metrics::leases_held(table, ours.get(table).map_or(0, BTreeMap::len));
             let age = shards.values().map(|s| s.iterator_age_s(now_ms));
             let headroom = shards.values().map(|s| s.headroom_s(now_ms));
             if let (Some(age), Some(headroom)) = (age.reduce(f64::max), headroom.reduce(f64::min)) {

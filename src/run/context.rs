@@ -1,10 +1,11 @@
 //! What the tasks of a worker share: the regions, the state table, health, and for each table its
 //! writer.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use super::rows::Snapshot;
 use crate::apply::batch::Writer;
@@ -12,7 +13,8 @@ use crate::backoff::Backoff;
 use crate::config::{Config, Table};
 use crate::dead_letter::Store;
 use crate::dynamo::RegionClients;
-use crate::error::Fault;
+use crate::dynamo::table::KeyPart;
+use crate::error::{Fault, Policy};
 use crate::lease::row::{GapRow, ShardRow};
 use crate::lease::table::{StateTable, record_gap};
 use crate::observe::board::Board;
@@ -43,8 +45,13 @@ pub struct Shared {
     pub target: RegionClients,
     /// The state table.
     pub state: StateTable,
+    /// Primary key of every source table, by the table's name in the configuration.
+    pub keys: BTreeMap<String, Vec<KeyPart>>,
     /// Where dead letters go.
     pub dead_letters: Store,
+    /// Dead letters on their way at once. Without a bound, mass poison would take every thread and
+    /// connection there is.
+    pub letters: Semaphore,
     /// Lists shards at one pace.
     pub lister: Lister,
     /// Live, ready, and why not.
@@ -58,20 +65,15 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Stores a gap row, however long it takes.
-    pub async fn store_gap(&self, gap: &GapRow) {
+    /// Stores a gap row, however long it takes. `part` is what health knows the caller by.
+    pub async fn store_gap(&self, gap: &GapRow, part: &str) {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let part = &gap.lease_key;
         while let Err(fault) = record_gap(&self.state, gap).await {
-            self.report_state(&gap.table, part, &fault);
+            self.health.failed(Scope::State, &gap.table, part, &fault);
             tokio::time::sleep(backoff.pause()).await;
         }
         self.health.succeeded(Scope::State, &gap.table, part);
         self.rescan.notify_one();
-    }
-
-    fn report_state(&self, table: &str, part: &str, fault: &Fault) {
-        self.health.failed(Scope::State, table, part, fault);
     }
 
     /// The id that the source table had when its stream was first followed.
@@ -117,6 +119,7 @@ impl TableContext {
             shard,
             parent,
             start,
+            shared.source.clock.now_ms(),
         );
         shared.state.create(&row).await.map(|_| ())
     }
@@ -129,8 +132,7 @@ impl TableContext {
     /// The fault of the call that failed.
     pub async fn children_of(&self, row: &ShardRow) -> Result<Vec<ShardId>, Fault> {
         let parent = row.shard();
-        // A listing may have shown them already, and then they have rows: no call is needed. A
-        // sibling that it lacked is found by the next one.
+        // A listing may have shown some already, and then they have rows.
         let known: Vec<ShardId> = self
             .shared
             .rows
@@ -141,20 +143,24 @@ impl TableContext {
             .filter(|other| other.parent_shard_id.contains(&row.shard_id))
             .map(ShardRow::shard)
             .collect();
-        if !known.is_empty() {
-            return Ok(known);
-        }
         let lister = &self.shared.lister;
         let mut backoff = Backoff::new(CHILDREN_FIRST_PAUSE, CHILDREN_LONGEST_PAUSE);
         let mut children = Vec::new();
         for _ in 0..CHILDREN_ATTEMPTS {
-            children = lister.children(&row.stream_arn, &parent).await?;
-            if !children.is_empty() {
+            children = match lister.children(&row.stream_arn, &parent).await {
+                Ok(children) => children,
+                // A server that does not know the filter, or no longer knows the parent: the whole
+                // listing tells as much.
+                Err(fault) if fault.policy() != Policy::Retry => break,
+                Err(fault) => return Err(fault),
+            };
+            // Those known are no reason not to ask: a sibling must have its row as well.
+            if !children.is_empty() || !known.is_empty() {
                 break;
             }
             tokio::time::sleep(backoff.pause()).await;
         }
-        if children.is_empty() {
+        if children.is_empty() && known.is_empty() {
             let listing = lister.all(&row.stream_arn).await?;
             children = listing
                 .shards
@@ -166,6 +172,11 @@ impl TableContext {
             self.create_shard_row(&child.id, Some(&parent), &Position::TrimHorizon)
                 .await?;
         }
-        Ok(children.into_iter().map(|child| child.id).collect())
+        let all: BTreeSet<ShardId> = children
+            .into_iter()
+            .map(|child| child.id)
+            .chain(known)
+            .collect();
+        Ok(all.into_iter().collect())
     }
 }

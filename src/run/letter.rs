@@ -107,7 +107,11 @@ impl Letter {
         let table = &context.table.name;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
-            match context.shared.dead_letters.deliver(&self.0).await {
+            // The semaphore is never closed; without a permit the letter would go all the same.
+            let permit = context.shared.letters.acquire().await;
+            let delivered = context.shared.dead_letters.deliver(&self.0).await;
+            drop(permit);
+            match delivered {
                 Ok(()) => {
                     health.succeeded(Scope::DeadLetters, table, part);
                     tracing::warn!(

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
-use tokio_util::sync::CancellationToken;
 
 use crate::lease::row::{GapRow, Row, ShardRow, StreamRow};
 use crate::lease::rules::Observer;
@@ -25,14 +24,13 @@ pub struct Snapshot {
     pub read: bool,
 }
 
-/// Reads the state table again and again until `stop`, and at once when `rescan` asks.
+/// Reads the state table again and again, and at once when `rescan` asks.
 pub async fn watch_rows(
     state: StateTable,
     duration: Duration,
-    snapshots: watch::Sender<Arc<Snapshot>>,
+    snapshots: Arc<watch::Sender<Arc<Snapshot>>>,
     rescan: Arc<Notify>,
     health: Arc<Health>,
-    stop: CancellationToken,
 ) {
     let mut observer = Observer::default();
     // A third of a lease: an expired one is seen within 4/3 of its duration.
@@ -47,7 +45,6 @@ pub async fn watch_rows(
             Err(fault) => health.failed(Scope::State, "", "rows", &fault),
         }
         tokio::select! {
-            () = stop.cancelled() => return,
             () = rescan.notified() => {}
             () = tokio::time::sleep(pause) => {}
         }

@@ -13,13 +13,13 @@ use tokio_util::sync::CancellationToken;
 use super::context::TableContext;
 use super::letter::Letter;
 use super::source::{Read, read_shard};
-use crate::apply::batch::{BATCH_OPS_MAX, Outcome, Sent};
+use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
 use crate::apply::coalesce::{Op, SlotId, Window};
 use crate::backoff::Backoff;
 use crate::config::TtlDeletes;
 use crate::dynamo::item::ItemKey;
 use crate::error::{Class, Fault, Operation};
-use crate::lease::held::{Checkpoint, Lease};
+use crate::lease::held::{Lease, Progress};
 use crate::lease::row::ShardRow;
 use crate::observe::board::{Board, Standing};
 use crate::observe::health::Scope;
@@ -60,7 +60,7 @@ struct Consumer<'a> {
     window: Window,
     writes: FuturesUnordered<Later<'a, Sent>>,
     letters: FuturesUnordered<Later<'a, Delivered>>,
-    checkpointing: Option<Later<'a, (Checkpoint, Result<(), Fault>)>>,
+    checkpointing: Option<Later<'a, (SequenceNumber, Result<(), Fault>)>>,
     /// The sequence number last stored.
     stored: Option<SequenceNumber>,
     /// Records made before this time are left out, in milliseconds.
@@ -88,10 +88,11 @@ pub async fn consume(
         row.stream_arn.clone(),
         lease.shard().clone(),
         position,
+        row.proven_ms(),
         pages,
     ));
     // Dropped with this future, whichever way it ends.
-    let _reader = AbortOnDrop(reader.abort_handle());
+    let mut reader = AbortOnDrop(reader);
     let now_ms = context.shared.source.clock.now_ms();
     let mut consumer = Consumer {
         context: &context,
@@ -107,12 +108,14 @@ pub async fn consume(
         not_before: Instant::now(),
         standing: Standing {
             oldest_open_ms: None,
-            applied_until_ms: row.watermark.unwrap_or(now_ms),
+            applied_until_ms: row.proven_ms().min(now_ms),
         },
         last_sequence: None,
     };
     let ended = consumer.run(&mut reads, &stop).await;
     drop(consumer);
+    // The reader must be gone before its reports are forgotten.
+    reader.end().await;
     let shared = &context.shared;
     shared.board.remove(&context.table.name, &lease.shard().0);
     shared.health.forget(&context.table.name, &lease.shard().0);
@@ -128,15 +131,16 @@ impl<'a> Consumer<'a> {
         let mut draining = false;
         let mut at_end = false;
         loop {
-            self.send();
-            let idle = self.window.is_empty()
-                && self.writes.is_empty()
-                && self.letters.is_empty()
-                && self.checkpointing.is_none();
-            if idle && at_end {
+            // Draining, nothing new is sent: what is not durable yet is read again by the next
+            // owner, and a shard must not keep its lease for a slow replica's sake.
+            if !draining {
+                self.send();
+            }
+            let answered = self.writes.is_empty() && self.checkpointing.is_none();
+            if answered && at_end && self.window.is_empty() {
                 return self.finish(stop).await;
             }
-            if idle && draining {
+            if answered && draining {
                 return self.release().await;
             }
             let waits = self.window.has_ready() && self.not_before > Instant::now();
@@ -243,7 +247,7 @@ impl<'a> Consumer<'a> {
         }
         let concurrency = self.context.shared.config.worker.concurrency;
         while self.writes.len() < concurrency && self.window.has_ready() {
-            let ops = self.window.take(BATCH_OPS_MAX);
+            let ops = self.window.take(BATCH_OPS_MAX, BATCH_BYTES_MAX);
             if ops.is_empty() {
                 break;
             }
@@ -377,45 +381,42 @@ impl<'a> Consumer<'a> {
     fn show(&mut self) {
         self.standing.oldest_open_ms = self.window.oldest_open_ms();
         let shared = &self.context.shared;
+        let now_ms = shared.source.clock.now_ms();
+        self.lease.note(Progress {
+            watermark_ms: Some(self.standing.applied_until_ms),
+            headroom_s: Some(self.standing.headroom_s(now_ms) as i64),
+        });
         shared
             .board
             .set(&self.context.table.name, &self.shard, self.standing);
     }
 
     /// What is durable now, if it is more than what is stored.
-    fn progress(&self) -> Option<Checkpoint> {
+    fn progress(&self) -> Option<SequenceNumber> {
         let durable = self.window.durable()?;
-        if self.stored.as_ref() == Some(&durable.sequence) {
-            return None;
-        }
-        let now_ms = self.context.shared.source.clock.now_ms();
-        Some(Checkpoint {
-            sequence: Some(durable.sequence.clone()),
-            watermark_ms: Some(self.standing.applied_until_ms),
-            headroom_s: Some(self.standing.headroom_s(now_ms) as i64),
-        })
+        (self.stored.as_ref() != Some(&durable.sequence)).then(|| durable.sequence.clone())
     }
 
     fn checkpoint(&mut self) {
         if self.checkpointing.is_some() {
             return;
         }
-        if let Some(checkpoint) = self.progress() {
+        if let Some(sequence) = self.progress() {
             let lease = Arc::clone(self.lease);
             self.checkpointing = Some(Box::pin(async move {
-                let result = lease.checkpoint(&checkpoint).await;
-                (checkpoint, result)
+                let result = lease.checkpoint(&sequence).await;
+                (sequence, result)
             }));
         }
     }
 
-    fn on_checkpointed(&mut self, (checkpoint, result): (Checkpoint, Result<(), Fault>)) {
+    fn on_checkpointed(&mut self, (sequence, result): (SequenceNumber, Result<(), Fault>)) {
         self.checkpointing = None;
         let health = &self.context.shared.health;
         let table = &self.context.table.name;
         match result {
             Ok(()) => {
-                self.stored = checkpoint.sequence;
+                self.stored = Some(sequence);
                 health.succeeded(Scope::State, table, &self.shard);
             }
             // A lost lease shows in the main loop.
@@ -424,15 +425,17 @@ impl<'a> Consumer<'a> {
         }
     }
 
-    /// Stores the last checkpoint and gives the lease up. Nothing is in flight.
+    /// Stores the last checkpoint and gives the lease up. No write is in flight; dead letters that
+    /// were not delivered are made again by the next owner.
     async fn release(&mut self) -> Ended {
+        self.show();
         let table = &self.context.table.name;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let result = match self.progress() {
-                Some(checkpoint) => match self.lease.checkpoint(&checkpoint).await {
+                Some(sequence) => match self.lease.checkpoint(&sequence).await {
                     Ok(()) => {
-                        self.stored = checkpoint.sequence;
+                        self.stored = Some(sequence);
                         self.lease.release().await
                     }
                     Err(fault) => Err(fault),
@@ -498,7 +501,16 @@ async fn poll_option<T>(later: &mut Option<Later<'_, T>>) -> T {
 }
 
 /// Ends a task when dropped.
-struct AbortOnDrop(tokio::task::AbortHandle);
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl AbortOnDrop {
+    /// Ends the task and waits until it has.
+    async fn end(&mut self) {
+        self.0.abort();
+        // An aborted task ends with an error, and so does one that panicked: both are gone.
+        let _ = (&mut self.0).await;
+    }
+}
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

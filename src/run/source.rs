@@ -10,7 +10,7 @@ use super::context::TableContext;
 use crate::backoff::Backoff;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Fault, Policy};
-use crate::lease::row::{GapReason, GapRow};
+use crate::lease::row::{GapReason, GapRow, UNREAD_LIMIT_MS};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::stream::reader::{Page, Position, ShardReader};
@@ -34,12 +34,14 @@ pub struct Read {
     pub caught_up_ms: Option<i64>,
 }
 
-/// Reads a shard to its end and sends its pages; returns when the receiver is gone.
+/// Reads a shard to its end and sends its pages; returns when the receiver is gone. `proven_ms` is
+/// the last moment of the source at which nothing of the shard can have been trimmed unread.
 pub async fn read_shard(
     context: Arc<TableContext>,
     stream_arn: String,
     shard: ShardId,
     position: Position,
+    proven_ms: i64,
     pages: mpsc::Sender<Read>,
 ) {
     let source = &context.shared.source;
@@ -50,12 +52,23 @@ pub async fn read_shard(
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut pause = worker.poll_interval;
     let mut empty: VecDeque<i64> = VecDeque::with_capacity(EMPTY_PAGES_PROVE);
+    let mut proven_ms = proven_ms;
+    let mut expired = 0u32;
     loop {
         let asked_ms = source.clock.now_ms();
+        // A position after a record is refused once it is trimmed; a start by name or time silently
+        // begins at what is left. Unread for a day, it may have lost records.
+        if !matches!(reader.position(), Position::After(_))
+            && asked_ms - proven_ms > UNREAD_LIMIT_MS
+        {
+            record_gap(&context, GapReason::Trimmed, &stream_arn, &shard).await;
+            proven_ms = asked_ms;
+        }
         match reader.next().await {
             Ok(page) => {
                 health.succeeded(Scope::Source, table, &shard.0);
                 backoff.reset();
+                expired = 0;
                 let records = page.records.len();
                 let end = page.end;
                 if records > 0 {
@@ -69,6 +82,7 @@ pub async fn read_shard(
                 let caught_up_ms = (empty.len() == EMPTY_PAGES_PROVE)
                     .then(|| empty.front().copied())
                     .flatten();
+                proven_ms = proven_ms.max(caught_up_ms.unwrap_or(0));
                 if pages.send(Read { page, caught_up_ms }).await.is_err() || end {
                     return;
                 }
@@ -83,7 +97,14 @@ pub async fn read_shard(
             Err(fault) => {
                 metrics::retried(table, fault.class);
                 match fault.policy() {
-                    Policy::NewIterator => {}
+                    Policy::NewIterator => {
+                        expired += 1;
+                        // Once is normal. Again and again it is trouble of the service's.
+                        if expired > 1 {
+                            health.failed(Scope::Source, table, &shard.0, &fault);
+                            tokio::time::sleep(backoff.pause()).await;
+                        }
+                    }
                     Policy::Gap => {
                         if lost_position(&context, &mut reader, &stream_arn, &shard, &fault).await {
                             let page = Page {
@@ -148,5 +169,5 @@ async fn record_gap(context: &TableContext, reason: GapReason, stream_arn: &str,
     let detail = format!("{}/{shard}", stream_label(stream_arn));
     let at = rfc3339(host_ms());
     let gap = GapRow::new(shared.epoch, &context.table.name, reason, &detail, at);
-    shared.store_gap(&gap).await;
+    shared.store_gap(&gap, &shard.0).await;
 }

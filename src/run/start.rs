@@ -1,17 +1,27 @@
 //! What `run` finds out before it writes anything: which region is active, whether source and
 //! replica fit together, whether there is somewhere for dead letters to go.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use aws_sdk_dynamodb::types::{StreamViewType, TableDescription};
 use futures::future::join_all;
 
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
 use crate::dead_letter::Store;
-use crate::dynamo::table::{describe, enabled_stream, holds_new_images, primary_key, show_key};
+use crate::dynamo::table::{
+    KeyPart, describe, enabled_stream, holds_new_images, primary_key, show_key,
+};
 use crate::dynamo::{RegionClients, Regions};
-use crate::error::{Class, Failure, Operation};
+use crate::error::{Class, Failure, Fault, Operation, Policy, classify};
 use crate::lease::control::{Answer, Verdict, decide};
 use crate::lease::table::StateTable;
+use crate::stream::ShardId;
+use crate::stream::reader::{Position, ShardReader};
+
+/// A call to the state table gets this long, however short the leases are.
+const STATE_TIMEOUT_MIN: Duration = Duration::from_millis(500);
 
 /// What this process does in its region.
 pub enum Role {
@@ -36,6 +46,8 @@ pub struct Feed {
     pub target: RegionClients,
     /// The state table, in the region fed.
     pub state: StateTable,
+    /// Primary key of every table, by its name in the configuration.
+    pub keys: BTreeMap<String, Vec<KeyPart>>,
     /// Where dead letters go.
     pub dead_letters: Store,
 }
@@ -58,7 +70,9 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
         })
     };
     let target = region(&loaded.here)?;
-    let state = StateTable::new(target.tables.clone(), config.state_table());
+    // Two renewals may fail within a lease, so none may take longer than a third of it.
+    let patience = (config.leases.duration / 3).max(STATE_TIMEOUT_MIN);
+    let state = StateTable::new(target.tables_within(patience), config.state_table());
     let (active, epoch) = find_active(config, &loaded.here, regions).await?;
     if active == loaded.here {
         return Ok(Role::Standby { active });
@@ -79,8 +93,15 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
             "Create it with `farshore provision --apply`",
         ));
     }
+    // Read as the worker will read it, so that a denied scan shows now.
+    state
+        .rows()
+        .await
+        .map_err(|fault| unusable(&target, state.name(), &fault))?;
+    let mut keys = BTreeMap::new();
     for table in &config.tables {
-        check_table(table, &source, &target).await?;
+        let key = check_table(table, &source, &target).await?;
+        keys.insert(table.name.clone(), key);
     }
     let dead_letters = Store::open(&config.dead_letters, &target).await?;
     Ok(Role::Feed(Box::new(Feed {
@@ -89,6 +110,7 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
         source,
         target,
         state,
+        keys,
         dead_letters,
     })))
 }
@@ -127,8 +149,11 @@ pub async fn find_active(
             Ok(Some(record)) => Answer::Record(Box::new(record)),
             Ok(None) => Answer::None,
             Err(fault) if fault.class == Class::NotFound => Answer::None,
-            // The region this process feeds must answer; nothing works without it.
-            Err(fault) if region.label == here => return Err(unusable(region, &name, &fault)),
+            // The region this process feeds must answer; nothing works without it. A record that
+            // this version cannot read is there all the same, and may say anything.
+            Err(fault) if region.label == here || fault.is_unreadable() => {
+                return Err(unusable(region, &name, &fault));
+            }
             Err(fault) => {
                 silent.push(format!("{} ({})", region.label, fault.code));
                 Answer::Unreachable
@@ -157,12 +182,12 @@ pub async fn find_active(
     }
 }
 
-/// Checks that `table` can flow from `source` to `target`.
+/// Checks that `table` can flow from `source` to `target`. Returns its primary key.
 async fn check_table(
     table: &Table,
     source: &RegionClients,
     target: &RegionClients,
-) -> Result<(), Failure> {
+) -> Result<Vec<KeyPart>, Failure> {
     let from = described(source, table.name_in(&source.label), "It is the source").await?;
     check_stream(source, &from)?;
     let to = described(
@@ -171,7 +196,63 @@ async fn check_table(
         "It is the replica; `farshore provision --apply` creates it",
     )
     .await?;
-    check_keys((source, &from), (target, &to))
+    check_keys((source, &from), (target, &to))?;
+    if from.table_id().is_some() && from.table_id() == to.table_id() {
+        return Err(Failure::new(
+            format!(
+                "Table {} in {} and its replica in {} are one and the same table",
+                table.name, source.label, target.label
+            ),
+            "Both have the same table id, so it would be replicated into itself",
+            "Correct the regions' endpoints and credentials, or the table's name in tables[].names",
+        ));
+    }
+    check_reading(source, &from).await?;
+    Ok(primary_key(&from))
+}
+
+/// Makes one call of each kind that the worker makes to the source, so that a denied permission
+/// or a wrong endpoint shows before anything is written. Whether the replica may be written to
+/// cannot be asked harmlessly.
+async fn check_reading(source: &RegionClients, table: &TableDescription) -> Result<(), Failure> {
+    let name = table.table_name().unwrap_or_default();
+    let Some((arn, _)) = enabled_stream(table) else {
+        return Ok(());
+    };
+    let failed = |fault: Fault| {
+        Failure::from_fault(
+            format!(
+                "Table {name} could not be read in {} ({})",
+                source.label, source.endpoint
+            ),
+            &fault,
+        )
+    };
+    let streams = &source.streams;
+    let described = streams
+        .describe_stream()
+        .stream_arn(arn)
+        .limit(1)
+        .send()
+        .await;
+    let described = described.map_err(|e| failed(classify(Operation::DescribeStream, &e)))?;
+    let shard = described
+        .stream_description
+        .and_then(|stream| stream.shards?.into_iter().next()?.shard_id);
+    if let Some(shard) = shard {
+        let mut reader =
+            ShardReader::new(streams.clone(), arn, &ShardId(shard), Position::TrimHorizon);
+        match reader.next().await {
+            Ok(_) => {}
+            // The shard may have been trimmed a moment ago, and throttling passes.
+            Err(fault) if matches!(fault.policy(), Policy::Gap | Policy::NewIterator) => {}
+            Err(fault) if fault.class == Class::Throttled => {}
+            Err(fault) => return Err(failed(fault)),
+        }
+    }
+    let scanned = source.tables.scan().table_name(name).limit(1).send().await;
+    scanned.map_err(|e| failed(classify(Operation::ReadItems, &e)))?;
+    Ok(())
 }
 
 async fn described(

@@ -1,6 +1,7 @@
 //! One table: which stream it has, which shards may be read, and a task for each that is ours.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,9 @@ use crate::stream::lineage::{Tracked, plan};
 use crate::stream::reader::Position;
 use crate::stream::{Shard, ShardId, stream_label};
 
+/// How much earlier than "now" `start = "latest"` begins: stream times are whole seconds, and the
+/// source's clock is known to two.
+const LATEST_MARGIN_MS: i64 = 3_000;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -34,8 +38,9 @@ struct Identity {
     table_id: Option<String>,
 }
 
-/// Follows a table until `stop`: its current stream, and a new one when it is re-created.
-pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+/// Follows a table until `stop`: its current stream, and a new one when it is re-created. Returns
+/// whether all its shards were drained and released.
+pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationToken) -> bool {
     let budget = Arc::new(Budget::new(shared.config.units_per_second(&table)));
     let writer = Arc::new(Writer::new(
         shared.target.tables.clone(),
@@ -43,17 +48,21 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
         &table.name,
         budget,
         shared.config.dead_letters.max_attempts,
+        shared.keys.get(&table.name).cloned().unwrap_or_default(),
     ));
     metrics::begin(&table.name);
-    let mut streams: JoinSet<()> = JoinSet::new();
+    let mut streams: JoinSet<bool> = JoinSet::new();
+    let mut current: Option<tokio::task::Id> = None;
     let mut followed: Option<(String, Option<String>)> = None;
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     while !stop.is_cancelled() {
-        let pause = match identify(&shared, &table).await {
-            Ok(identity) => {
+        let pause = match until(&stop, identify(&shared, &table)).await {
+            None => break,
+            Some(Ok(identity)) => {
                 shared.health.succeeded(Scope::Source, &table.name, "table");
                 backoff.reset();
-                if let Some(arn) = accept(&shared, &table, &mut followed, identity).await {
+                let accepted = until(&stop, accept(&shared, &table, &mut followed, identity));
+                if let Some(arn) = accepted.await.flatten() {
                     let context = Arc::new(TableContext {
                         shared: Arc::clone(&shared),
                         table: table.clone(),
@@ -61,11 +70,12 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
                         writer: Arc::clone(&writer),
                     });
                     let table_id = followed.as_ref().and_then(|(_, id)| id.clone());
-                    streams.spawn(follow_stream(context, table_id, stop.clone()));
+                    let task = streams.spawn(follow_stream(context, table_id, stop.clone()));
+                    current = Some(task.id());
                 }
                 shared.config.worker.discover_every
             }
-            Err(fault) => {
+            Some(Err(fault)) => {
                 shared
                     .health
                     .failed(Scope::Source, &table.name, "table", &fault);
@@ -76,20 +86,38 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
             () = stop.cancelled() => {}
             () = tokio::time::sleep(pause) => {}
             // A stream's task ends only when told to; otherwise it is started anew.
-            Some(ended) = streams.join_next() => {
-                if !stop.is_cancelled() {
-                    tracing::error!(
-                        table = table.name,
-                        panicked = ended.is_err(),
-                        "the task of a stream ended by itself; it starts over"
-                    );
+            Some(ended) = streams.join_next_with_id(), if !stop.is_cancelled() => {
+                let (id, panicked) = match &ended {
+                    Ok((id, _)) => (*id, false),
+                    Err(error) => (error.id(), true),
+                };
+                tracing::error!(
+                    table = table.name,
+                    panicked,
+                    "the task of a stream ended by itself; it starts over"
+                );
+                // Another stream that is still followed must not be followed twice.
+                if current == Some(id) {
                     followed = None;
-                    tokio::time::sleep(backoff.pause()).await;
                 }
+                let _ = until(&stop, tokio::time::sleep(backoff.pause())).await;
             }
         }
     }
-    while streams.join_next().await.is_some() {}
+    let mut drained = true;
+    while let Some(ended) = streams.join_next().await {
+        drained &= ended.unwrap_or(false);
+    }
+    drained
+}
+
+/// Waits for `work`, or gives `None` once `stop` is cancelled.
+async fn until<T>(stop: &CancellationToken, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => None,
+        done = work => Some(done),
+    }
 }
 
 async fn identify(shared: &Shared, table: &Table) -> Result<Identity, Fault> {
@@ -163,7 +191,7 @@ async fn accept(
             let at = rfc3339(host_ms());
             let reason = GapReason::StreamRecreated;
             let gap = GapRow::new(shared.epoch, &table.name, reason, &detail, at);
-            shared.store_gap(&gap).await;
+            shared.store_gap(&gap, "stream").await;
             *followed = Some((arn.clone(), identity.table_id));
             Some(arn)
         }
@@ -184,19 +212,24 @@ struct Stream {
     known_before_listing: BTreeSet<ShardId>,
     /// Shards that the service itself does not know any more.
     gone: BTreeSet<ShardId>,
-    running: HashSet<String>,
+    /// Keys of the leases that a task of ours works on.
+    running: HashMap<tokio::task::Id, String>,
+    /// Whether a shard was left otherwise than finished or released.
+    unclean: bool,
     next_listing: Instant,
     backoff: Backoff,
-    tasks: JoinSet<(String, Ended)>,
+    tasks: JoinSet<Ended>,
+    /// What health knows the listing by: an old stream's trouble is not a new one's.
+    part: String,
     stop: CancellationToken,
 }
 
-/// Follows one stream until `stop`, then drains its shards.
+/// Follows one stream until `stop`, then drains its shards. Returns whether all were.
 async fn follow_stream(
     context: Arc<TableContext>,
     table_id: Option<String>,
     stop: CancellationToken,
-) {
+) -> bool {
     context.shared.health.set_starting(&context.table.name);
     let mut rows = context.shared.rows.clone();
     let mut stream = Stream {
@@ -205,7 +238,9 @@ async fn follow_stream(
         listed: false,
         known_before_listing: BTreeSet::new(),
         gone: BTreeSet::new(),
-        running: HashSet::new(),
+        running: HashMap::new(),
+        unclean: false,
+        part: format!("listing {}", stream_label(&context.stream_arn)),
         next_listing: Instant::now(),
         backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
         tasks: JoinSet::new(),
@@ -215,9 +250,10 @@ async fn follow_stream(
     loop {
         let snapshot = rows.borrow_and_update().clone();
         if snapshot.read {
-            match stream.step(&snapshot).await {
-                Ok(()) => {}
-                Err(fault) => stream.failed(&fault),
+            match until(&stop, stream.step(&snapshot)).await {
+                Some(Ok(())) => {}
+                Some(Err(fault)) => stream.failed(&fault),
+                None => break,
             }
         }
         // In order of priority:
@@ -226,7 +262,7 @@ async fn follow_stream(
             // 1. Asked to stop.
             () = stop.cancelled() => break,
             // 2. A shard ended: its children may start at once.
-            Some(ended) = stream.tasks.join_next() => stream.on_ended(ended),
+            Some(ended) = stream.tasks.join_next_with_id() => stream.on_ended(ended),
             // 3. The state table changed, or was read again: a lease may have expired.
             changed = rows.changed() => {
                 if changed.is_err() {
@@ -238,7 +274,11 @@ async fn follow_stream(
         }
     }
     // Every shard's task has the same token: they drain by themselves.
-    while stream.tasks.join_next().await.is_some() {}
+    stream.unclean = false;
+    while let Some(ended) = stream.tasks.join_next_with_id().await {
+        stream.on_ended(ended);
+    }
+    !stream.unclean
 }
 
 impl Stream {
@@ -250,24 +290,27 @@ impl Stream {
             _ => Scope::Source,
         };
         metrics::retried(table, fault.class);
-        shared.health.failed(scope, table, "listing", fault);
+        shared.health.failed(scope, table, &self.part, fault);
         self.next_listing = Instant::now() + self.backoff.pause();
     }
 
-    fn on_ended(&mut self, ended: Result<(String, Ended), tokio::task::JoinError>) {
+    fn on_ended(&mut self, ended: Result<(tokio::task::Id, Ended), tokio::task::JoinError>) {
+        let table = &self.context.table.name;
         match ended {
-            Ok((key, ended)) => {
-                self.running.remove(&key);
-                tracing::info!(table = self.context.table.name, lease = key, how = ?ended, "shard left");
+            Ok((id, ended)) => {
+                let lease = self.running.remove(&id);
+                self.unclean |= ended == Ended::Lost;
+                tracing::info!(table, lease, how = ?ended, "shard left");
             }
             Err(error) => {
-                // Which shard it was is not known any more: its lease expires and is taken again.
+                let lease = self.running.remove(&error.id());
+                self.unclean = true;
                 tracing::error!(
-                    table = self.context.table.name,
+                    table,
+                    lease,
                     panicked = error.is_panic(),
                     "the task of a shard died; its lease expires and is taken again"
                 );
-                self.running.clear();
             }
         }
         self.context.shared.rescan.notify_one();
@@ -314,23 +357,24 @@ impl Stream {
         if created || !stream.initialised {
             shared.rescan.notify_one();
         }
-        self.look_for_gone(&plan.missing_parents, &tracked).await?;
         for id in &plan.startable {
             if let Some(row) = rows.get(id)
                 && snapshot.takeable.contains(&row.lease_key)
-                && !self.running.contains(&row.lease_key)
+                && !self.running.values().any(|key| *key == row.lease_key)
             {
                 self.start_shard(row).await?;
             }
         }
+        // Last, so that trouble about one parent holds no other shard back.
+        self.look_for_gone(&plan.missing_parents, &tracked).await?;
         self.backoff.reset();
         shared.health.set_started(&context.table.name);
         shared
             .health
-            .succeeded(Scope::Source, &context.table.name, "listing");
+            .succeeded(Scope::Source, &context.table.name, &self.part);
         shared
             .health
-            .succeeded(Scope::State, &context.table.name, "listing");
+            .succeeded(Scope::State, &context.table.name, &self.part);
         Ok(())
     }
 
@@ -361,19 +405,21 @@ impl Stream {
             .streams
             .iter()
             .any(|row| row.table == table.name && row.lease_key != key);
+        // Resolved before the source is looked at, and a little early: what is written in between
+        // is either seen there or replayed. Too early is right, too late is not.
+        let start_timestamp = match table.start {
+            // A re-created stream is read from its beginning.
+            _ if seen_before => None,
+            Start::TrimHorizon => None,
+            Start::Latest => Some(shared.source.clock.now_ms() - LATEST_MARGIN_MS),
+            Start::At(time) => Some(time.to_millis().unwrap_or(0)),
+        };
         // The gap is durable before anything that would hide it.
         if seen_before {
             self.gap(GapReason::StreamRecreated).await;
         } else if !self.source_is_empty().await? {
             self.gap(GapReason::NeverCopied).await;
         }
-        let start_timestamp = match table.start {
-            // A re-created stream is read from its beginning.
-            _ if seen_before => None,
-            Start::TrimHorizon => None,
-            Start::Latest => Some(shared.source.clock.now_ms() / 1_000 * 1_000),
-            Start::At(time) => Some(time.to_millis().unwrap_or(0)),
-        };
         let row = StreamRow {
             lease_key: key,
             entity_type: "stream".to_owned(),
@@ -401,7 +447,7 @@ impl Stream {
             detail,
             at,
         );
-        context.shared.store_gap(&gap).await;
+        context.shared.store_gap(&gap, &self.part).await;
     }
 
     async fn source_is_empty(&self) -> Result<bool, Fault> {
@@ -416,7 +462,8 @@ impl Stream {
             .send()
             .await
             .map_err(|error| crate::error::classify(Operation::ReadItems, &error))?;
-        Ok(answer.count == 0)
+        // A page that is empty and goes on proves nothing.
+        Ok(answer.count == 0 && answer.last_evaluated_key.is_none_or(|key| key.is_empty()))
     }
 
     async fn create_row(&self, shard: &Shard, start: &Position) -> Result<(), Fault> {
@@ -474,11 +521,10 @@ impl Stream {
             checkpoint = row.checkpoint,
             "shard taken"
         );
-        self.running.insert(row.lease_key.clone());
         let key = row.lease_key.clone();
         let row = row.clone();
         let stop = self.stop.clone();
-        self.tasks.spawn(async move {
+        let task = self.tasks.spawn(async move {
             let health = Arc::clone(&context.shared.health);
             let table = context.table.name.clone();
             let part = format!("{} renewal", lease.shard());
@@ -505,8 +551,9 @@ impl Stream {
                 } => Ended::Lost,
             };
             health.forget(&table, &part);
-            (key, ended)
+            ended
         });
+        self.running.insert(task.id(), key);
         Ok(())
     }
 }

@@ -78,16 +78,7 @@ impl ShardReader {
         }
         let iterator = match self.iterator.take() {
             Some(iterator) => iterator,
-            None => match self.new_iterator().await? {
-                Some(iterator) => iterator,
-                None => {
-                    self.ended = true;
-                    return Ok(Page {
-                        records: Vec::new(),
-                        end: true,
-                    });
-                }
-            },
+            None => self.new_iterator().await?,
         };
         let answer = self
             .client
@@ -100,13 +91,20 @@ impl ShardReader {
             Ok(answer) => answer,
             Err(error) => {
                 let fault = classify(Operation::GetRecords, &error);
-                // Any other failure leaves the iterator as good as it was.
-                if !matches!(fault.policy(), Policy::NewIterator | Policy::Gap) {
+                // What passes by itself leaves the iterator as good as it was; after anything else
+                // the position is worth more than an iterator that was refused.
+                if fault.policy() == Policy::Retry {
                     self.iterator = Some(iterator);
                 }
                 return Err(fault);
             }
         };
+        // The service always sends a list, be it empty. An answer with neither list nor iterator
+        // came from something else, and must not pass for the end of a shard.
+        if answer.records.is_none() && answer.next_shard_iterator.is_none() {
+            self.iterator = Some(iterator);
+            return Err(incomplete(Operation::GetRecords));
+        }
         let records = answer.records.unwrap_or_default();
         if let Some(last) = records.last() {
             let sequence = last
@@ -133,7 +131,7 @@ impl ShardReader {
         })
     }
 
-    async fn new_iterator(&self) -> Result<Option<String>, Fault> {
+    async fn new_iterator(&self) -> Result<String, Fault> {
         match &self.position {
             Position::TrimHorizon => self.iterator_of(ShardIteratorType::TrimHorizon).await,
             Position::After(_) => {
@@ -153,7 +151,7 @@ impl ShardReader {
         }
     }
 
-    async fn iterator_of(&self, kind: ShardIteratorType) -> Result<Option<String>, Fault> {
+    async fn iterator_of(&self, kind: ShardIteratorType) -> Result<String, Fault> {
         let (sequence, timestamp) = match (&kind, &self.position) {
             (ShardIteratorType::AfterSequenceNumber, Position::After(sequence)) => {
                 (Some(sequence.as_str().to_owned()), None)
@@ -172,7 +170,18 @@ impl ShardReader {
             .set_timestamp(timestamp)
             .send()
             .await
-            .map(|answer| answer.shard_iterator)
-            .map_err(|error| classify(Operation::GetShardIterator, &error))
+            .map_err(|error| classify(Operation::GetShardIterator, &error))?
+            .shard_iterator
+            .ok_or_else(|| incomplete(Operation::GetShardIterator))
     }
+}
+
+/// An answer that lacks what the service always sends.
+fn incomplete(operation: Operation) -> Fault {
+    Fault::own(
+        operation,
+        Class::Network,
+        "incomplete answer",
+        "the answer lacks what DynamoDB Streams always sends: something else answers at this endpoint",
+    )
 }
