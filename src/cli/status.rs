@@ -1,5 +1,7 @@
 //! `farshore status`: shards, owners, checkpoints and gaps, from the state table of this region.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
 use super::{answer, answer_json};
@@ -10,6 +12,9 @@ use crate::error::{Exit, Failure};
 use crate::lease::row::{ControlRow, GapRow, Row, ShardRow};
 use crate::lease::table::StateTable;
 use crate::run::start::unusable;
+
+/// Pause before a shard without an owner is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Arguments of `status`.
 #[derive(Debug, clap::Args)]
@@ -38,27 +43,28 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         ));
     };
     let state = StateTable::new(region.tables.clone(), loaded.config.state_table());
-    let rows = state
-        .rows()
-        .await
-        .map_err(|fault| unusable(region, state.name(), &fault))?;
-    let mut found = Found::default();
-    for row in rows {
-        match row {
-            Row::Control(row) => found.control = Some(row),
-            Row::Shard(row) => found.shards.push(row),
-            Row::Gap(row) => found.gaps.push(row),
-            Row::Stream(_) | Row::Other(_) => {}
-        }
+    let look = async || {
+        let rows = state.rows().await;
+        rows.map(Found::new)
+            .map_err(|fault| unusable(region, state.name(), &fault))
+    };
+    let mut found = look().await?;
+    // Between the end of a shard and the moment its child is taken nobody owns the child, and all
+    // is well. Workers look for such rows three times in a lease's duration.
+    let patience = Instant::now() + loaded.config.leases.duration;
+    let mut orphans = found.orphans();
+    while !orphans.is_empty() && Instant::now() < patience {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        found = look().await?;
+        let still = found.orphans();
+        orphans.retain(|row| still.contains(row));
     }
-    found.shards.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
-    found.gaps.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
     if args.json {
         answer_json(&as_json(&loaded, &found))?;
     } else {
         answer(&as_text(&loaded, &found))?;
     }
-    let needs_person = !found.gaps.is_empty() || found.orphans().next().is_some();
+    let needs_person = !found.gaps.is_empty() || !orphans.is_empty();
     Ok(if needs_person {
         Exit::Remains
     } else {
@@ -67,21 +73,39 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
 }
 
 impl Found {
+    fn new(rows: Vec<Row>) -> Self {
+        let mut found = Self::default();
+        for row in rows {
+            match row {
+                Row::Control(row) => found.control = Some(row),
+                Row::Shard(row) => found.shards.push(row),
+                Row::Gap(row) => found.gaps.push(row),
+                Row::Stream(_) | Row::Other(_) => {}
+            }
+        }
+        found.shards.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
+        found.gaps.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
+        found
+    }
+
     /// Shards that are not applied to their end.
     fn open(&self) -> impl Iterator<Item = &ShardRow> {
         self.shards.iter().filter(|row| !row.is_finished())
     }
 
-    /// Open shards that nobody owns although nothing holds them back. A child waits for its
-    /// parent without an owner, and rightly so.
-    fn orphans(&self) -> impl Iterator<Item = &ShardRow> {
-        self.open().filter(|row| {
-            let waits = self.open().any(|parent| {
+    /// Lease keys of open shards that nobody owns although nothing holds them back. A child waits
+    /// for its parent without an owner, and rightly so.
+    fn orphans(&self) -> Vec<String> {
+        let waits = |row: &ShardRow| {
+            self.open().any(|parent| {
                 parent.stream_arn == row.stream_arn
                     && row.parent_shard_id.contains(&parent.shard_id)
-            });
-            row.lease_owner.is_none() && !waits
-        })
+            })
+        };
+        self.open()
+            .filter(|row| row.lease_owner.is_none() && !waits(row))
+            .map(|row| row.lease_key.clone())
+            .collect()
     }
 }
 
