@@ -54,6 +54,8 @@ with_peers! {
     a_fifo_queue_is_provisioned_once => peers_support::queues::a_fifo_queue_is_provisioned_once;
     poison_goes_to_a_standard_queue => peers_support::queues::poison_goes_to_a_standard_queue;
     poison_goes_to_a_fifo_queue => peers_support::queues::poison_goes_to_a_fifo_queue;
+    odd_characters_survive_the_queue => peers_support::queues::odd_characters_survive_the_queue;
+    sqs_is_reached_at_its_endpoint_url_where_it_has_one => peers_support::queues::sqs_is_reached_at_its_endpoint_url_where_it_has_one;
     poison_of_two_tables_meets_in_one_fifo_queue => peers_support::queues::poison_of_two_tables_meets_in_one_fifo_queue;
     poison_of_two_groups_meets_in_one_fifo_queue => peers_support::queues::poison_of_two_groups_meets_in_one_fifo_queue;
     an_outage_of_the_queue_holds_the_checkpoint => peers_support::queues::an_outage_of_the_queue_holds_the_checkpoint;

@@ -181,7 +181,14 @@ async fn ttl_deletes_are_replicated_or_skipped_as_configured() {
 /// run: order per key holds and nothing is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rough_but_honest_service_loses_nothing() {
-    let seed = common::seed();
+    let first = common::seed();
+    for seed in first..first + common::long(10, 1) {
+        println!("seed {seed}");
+        roughly(seed).await;
+    }
+}
+
+async fn roughly(seed: u64) {
     let source = Options::new(seed)
         .shards(4)
         .rotate_every(Duration::from_secs(3))

@@ -6,7 +6,8 @@ mod suite;
 
 use std::time::Duration;
 
-use common::stand::Stand;
+use common::binary::{run, stdout};
+use common::stand::{Stand, put};
 use farshore::embedded::gateway::Options;
 
 async fn stand() -> Stand {
@@ -38,4 +39,26 @@ promises! {
     poison_is_isolated => suite::faults::poison_is_isolated;
     an_outage_of_the_source_is_waited_out => suite::faults::an_outage_of_the_source;
     an_outage_of_the_replica_is_waited_out => suite::faults::an_outage_of_the_replica;
+}
+
+/// A shard whose parent has just ended has no owner for a moment. That is no reason to call a
+/// person, however often somebody asks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_stays_green_while_shards_roll_over() {
+    let source = Options::new(common::seed())
+        .shards(8)
+        .rotate_every(Duration::from_millis(800));
+    let stand = Stand::gateways(source, Options::new(1)).await;
+    let table = stand.table("orders");
+    let (config, worker) = suite::replicated(&stand, &table, "").await;
+    let path = config.to_str().unwrap().to_owned();
+    for round in 0..40 {
+        put(&stand.source, &table, &format!("k{round}"), round).await;
+        let status = run(&["status", "--json", "--config", &path]);
+        assert_eq!(status.status.code(), Some(0), "{}", stdout(&status));
+    }
+    assert!(worker.stop().await.success());
+    // Left without a worker it does call one.
+    let status = run(&["status", "--json", "--config", &path]);
+    assert_eq!(status.status.code(), Some(1), "{}", stdout(&status));
 }

@@ -24,13 +24,21 @@ where
     }
 }
 
+/// `long` in the long lane (`FARSHORE_LONG=1`), else `short`.
+pub fn long(long: u64, short: u64) -> u64 {
+    match std::env::var_os("FARSHORE_LONG") {
+        Some(_) => long,
+        None => short,
+    }
+}
+
 /// The seed of a random test: `FARSHORE_TEST_SEED`, or a new one, printed so that a failure can
 /// be repeated.
 pub fn seed() -> u64 {
     let seed = std::env::var("FARSHORE_TEST_SEED")
         .ok()
         .and_then(|text| text.parse().ok())
-        .unwrap_or_else(rand::random);
+        .unwrap_or_else(|| rand::random::<u32>().into());
     println!("repeat with FARSHORE_TEST_SEED={seed}");
     seed
 }

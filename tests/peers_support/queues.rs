@@ -8,7 +8,7 @@ use super::{Received, config_with_queue, receive, sqs};
 use crate::common::binary::{Worker, provision, run, stderr, stdout};
 use crate::common::eventually;
 use crate::common::ministack::{Ministack, Ministacks};
-use crate::common::stand::Stand;
+use crate::common::stand::{Stand, n, s};
 use crate::suite::faults::{checkpoint, picky_replica, picky_table, put_kind};
 
 pub async fn a_standard_queue_is_provisioned_once(peers: &Ministacks) {
@@ -143,6 +143,42 @@ async fn poison_goes_to_the_queue(peers: &Ministacks, name: &str) {
     assert_eq!(worker.metric("farshore_dead_letters_total").await, 3.0);
     let (status, body) = worker.get("/readyz").await.unwrap();
     assert_eq!(status, 200, "{body}");
+    assert!(worker.stop().await.success());
+}
+
+/// SQS refuses the characters that XML has none of; an item may hold them, and they come back.
+pub async fn odd_characters_survive_the_queue(peers: &Ministacks) {
+    const ODD: &str =
+        "\0\u{1}\u{b}\u{1f}\u{7f}\u{fffd}\u{fffe}\u{ffff}\u{10ffff}\r\n\t\"\\\\uffff ä 漢 🙂";
+    let stand = peers.stand();
+    let table = stand.table("picky");
+    picky_replica(&stand, &table).await;
+    let config = config_with_queue(&stand, &[&table], &peers.target.url(), "letters");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    let put = stand.source.put_item().table_name(&table);
+    let put = put.item("id", s(ODD)).item("kind", n(7)).item(ODD, s(ODD));
+    put.send().await.unwrap();
+    let letter = receive(&sqs(peers), peers, "letters", 1).await.remove(0);
+    assert_eq!(letter.body["keys"]["id"]["S"], ODD);
+    assert_eq!(letter.body["newImage"][ODD]["S"], ODD);
+    assert!(worker.stop().await.success());
+}
+
+/// With `endpoint_url` the queue's URL is only its name: its host is never asked for.
+pub async fn sqs_is_reached_at_its_endpoint_url_where_it_has_one(peers: &Ministacks) {
+    let stand = peers.stand();
+    let table = stand.table("picky");
+    picky_replica(&stand, &table).await;
+    let config = config_with_queue(&stand, &[&table], "http://queue.invalid", "letters");
+    let mut text = std::fs::read_to_string(&config).unwrap();
+    text.push_str(&format!("endpoint_url = \"{}\"\n", peers.target.url()));
+    std::fs::write(&config, text).unwrap();
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    put_kind(&stand, &table, "poison", true).await;
+    let letters = receive(&sqs(peers), peers, "letters", 1).await;
+    assert_letter(&letters[0], &stand, &table, "poison");
     assert!(worker.stop().await.success());
 }
 
