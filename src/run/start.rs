@@ -2,11 +2,13 @@
 //! replica fit together, whether there is somewhere for dead letters to go.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::{StreamViewType, TableDescription};
 use futures::future::join_all;
 
+use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
 use crate::dead_letter::Store;
@@ -20,6 +22,10 @@ use crate::lease::table::StateTable;
 use crate::stream::ShardId;
 use crate::stream::reader::{Position, ShardReader};
 
+/// How often a call is made at the start while its failure may pass by itself.
+const START_ATTEMPTS: u32 = 4;
+const START_PAUSE: Duration = Duration::from_millis(200);
+const START_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A call to the state table gets this long, however short the leases are.
 const STATE_TIMEOUT_MIN: Duration = Duration::from_millis(500);
 
@@ -78,7 +84,7 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
         return Ok(Role::Standby { active });
     }
     let source = region(&active)?;
-    if describe(&target.tables, state.name())
+    if patiently(|| describe(&target.tables, state.name()))
         .await
         .map_err(|fault| unusable(&target, state.name(), &fault))?
         .is_none()
@@ -94,8 +100,7 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
         ));
     }
     // Read as the worker will read it, so that a denied scan shows now.
-    state
-        .rows()
+    patiently(|| state.rows())
         .await
         .map_err(|fault| unusable(&target, state.name(), &fault))?;
     let mut keys = BTreeMap::new();
@@ -127,7 +132,7 @@ pub async fn find_active(
     let name = config.state_table();
     let asked = regions.iter().map(|region| {
         let table = StateTable::new(region.tables.clone(), name.clone());
-        async move { (region, table.control().await) }
+        async move { (region, patiently(|| table.control()).await) }
     });
     let mut answers = Vec::new();
     let mut silent = Vec::new();
@@ -229,30 +234,52 @@ async fn check_reading(source: &RegionClients, table: &TableDescription) -> Resu
         )
     };
     let streams = &source.streams;
-    let described = streams
-        .describe_stream()
-        .stream_arn(arn)
-        .limit(1)
-        .send()
-        .await;
-    let described = described.map_err(|e| failed(classify(Operation::DescribeStream, &e)))?;
-    let shard = described
+    let shard = patiently(|| async {
+        let call = streams.describe_stream().stream_arn(arn).limit(1);
+        let answer = call.send().await;
+        answer.map_err(|error| classify(Operation::DescribeStream, &error))
+    });
+    let shard = shard
+        .await
+        .map_err(failed)?
         .stream_description
         .and_then(|stream| stream.shards?.into_iter().next()?.shard_id);
-    if let Some(shard) = shard {
-        let mut reader =
-            ShardReader::new(streams.clone(), arn, &ShardId(shard), Position::TrimHorizon);
-        match reader.next().await {
+    if let Some(shard) = shard.map(ShardId) {
+        let read = patiently(|| async {
+            ShardReader::new(streams.clone(), arn, &shard, Position::TrimHorizon)
+                .next()
+                .await
+        });
+        match read.await {
             Ok(_) => {}
-            // The shard may have been trimmed a moment ago, and throttling passes.
+            // The shard may have been trimmed a moment ago.
             Err(fault) if matches!(fault.policy(), Policy::Gap | Policy::NewIterator) => {}
-            Err(fault) if fault.class == Class::Throttled => {}
             Err(fault) => return Err(failed(fault)),
         }
     }
-    let scanned = source.tables.scan().table_name(name).limit(1).send().await;
-    scanned.map_err(|e| failed(classify(Operation::ReadItems, &e)))?;
-    Ok(())
+    let scanned = patiently(|| async {
+        let call = source.tables.scan().table_name(name).limit(1);
+        let answer = call.send().await;
+        answer.map_err(|error| classify(Operation::ReadItems, &error))
+    });
+    scanned.await.map(|_| ()).map_err(failed)
+}
+
+/// Makes a call a few times while it fails in a way that may pass by itself: one throttled call is
+/// no reason not to start.
+async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
+    call: impl Fn() -> F,
+) -> Result<T, Fault> {
+    let mut backoff = Backoff::new(START_PAUSE, START_LONGEST_PAUSE);
+    for _ in 1..START_ATTEMPTS {
+        match call().await {
+            Err(fault) if fault.policy() == Policy::Retry => {
+                tokio::time::sleep(backoff.pause()).await;
+            }
+            answer => return answer,
+        }
+    }
+    call().await
 }
 
 async fn described(
@@ -260,7 +287,7 @@ async fn described(
     name: &str,
     role: &str,
 ) -> Result<TableDescription, Failure> {
-    describe(&region.tables, name)
+    patiently(|| describe(&region.tables, name))
         .await
         .map_err(|fault| unusable(region, name, &fault))?
         .ok_or_else(|| {
