@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use super::hash::{hash_bytes, mix};
+
 /// The variable that overrides the seed of every gateway of a test run.
 pub const SEED_VARIABLE: &str = "FARSHORE_TEST_SEED";
 
@@ -36,7 +38,7 @@ impl Seed {
 
     /// 64 bits for the `count`th decision about `what`.
     pub(crate) fn bits(self, what: &str, count: u64) -> u64 {
-        let about = super::keys::hash_bytes(what.as_bytes());
+        let about = hash_bytes(what.as_bytes());
         mix(self.0 ^ mix(about ^ mix(count)))
     }
 
@@ -51,14 +53,6 @@ impl fmt::Display for Seed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
-}
-
-/// SplitMix64's finaliser: every input bit moves every output bit.
-pub(crate) fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
 }
 
 #[cfg(test)]

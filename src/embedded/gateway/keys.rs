@@ -6,7 +6,8 @@ use std::collections::HashMap;
 use dynoxide::types::{AttributeValue, Item};
 use serde::Deserialize;
 
-use super::dice::mix;
+use super::hash::{hash_bytes, mix};
+use crate::dynamo::value::canonical_number;
 
 /// The key attributes of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,38 +99,6 @@ pub(crate) fn partition_hash(value: &AttributeValue) -> u64 {
         // No other type can be a key.
         _ => 0,
     }
-}
-
-/// FNV-1a.
-pub(crate) fn hash_bytes(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
-}
-
-/// One spelling for all spellings of a number: digits without zeros at either end, and the
-/// exponent of the last one. Text that is no number stays as it is.
-fn canonical_number(text: &str) -> String {
-    let (sign, rest) = match text.trim().strip_prefix('-') {
-        Some(rest) => ("-", rest),
-        None => ("", text.trim().trim_start_matches('+')),
-    };
-    let (mantissa, exponent) = rest.split_once(['e', 'E']).unwrap_or((rest, "0"));
-    let (whole, part) = mantissa.split_once('.').unwrap_or((mantissa, ""));
-    let digits = format!("{whole}{part}");
-    let Ok(exponent) = exponent.parse::<i64>() else {
-        return text.to_owned();
-    };
-    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return text.to_owned();
-    }
-    let kept = digits.trim_end_matches('0');
-    if kept.is_empty() {
-        return "0".to_owned();
-    }
-    let dropped = i64::try_from(digits.len() - kept.len()).unwrap_or(0);
-    let exponent = exponent - i64::try_from(part.len()).unwrap_or(0) + dropped;
-    format!("{sign}{}e{exponent}", kept.trim_start_matches('0'))
 }
 
 /// True if a write that turned `old` into `new` changed nothing: sets have no order and numbers

@@ -22,6 +22,7 @@ mod call;
 mod clock;
 mod dice;
 mod faults;
+mod hash;
 mod held;
 mod iterator;
 mod keys;

@@ -4,7 +4,7 @@
 
 use std::cmp::Ordering;
 
-use super::dice::mix;
+use super::hash::mix;
 
 pub(crate) const DIGITS_MIN: usize = 21;
 pub(crate) const DIGITS_MAX: usize = 40;

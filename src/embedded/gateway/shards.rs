@@ -11,7 +11,8 @@
 
 use std::collections::BTreeMap;
 
-use super::dice::{Seed, mix};
+use super::dice::Seed;
+use super::hash::mix;
 use super::sequence::Numbering;
 use super::shard_log::{ShardLog, Stored};
 
