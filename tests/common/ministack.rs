@@ -19,8 +19,10 @@ static SEATS: Semaphore = Semaphore::const_new(2);
 const HEALTHY_WITHIN: Duration = Duration::from_secs(30);
 
 /// Starts ministack and kills it once nobody holds the other end of stdin any more: however a test
-/// ends, even killed, its servers end with it. There is nothing to save.
-const LIFELINE: &str = r#""$0" & server=$!; read -r _; kill -9 "$server"; wait "$server""#;
+/// ends, even killed, its servers end with it. There is nothing to save. A signal to the whole
+/// process group must not end the shell before it has done so.
+const LIFELINE: &str =
+    r#"trap '' HUP INT TERM; "$0" & server=$!; read -r _; kill -9 "$server"; wait "$server""#;
 
 /// The Python environment of the peers: `FARSHORE_PEERS`, or where `.ci/peers` installs it.
 pub fn environment() -> PathBuf {
