@@ -36,6 +36,9 @@ promises! {
     it_stops_gracefully => suite::stops_gracefully;
     it_stops_gracefully_in_mid_flow => suite::stops_gracefully_in_mid_flow;
     two_tables_replicate_at_once => suite::two_tables_at_once;
+    latest_is_resolved_once => suite::latest_is_resolved_once;
+    never_copied_is_never_green => suite::never_copied_is_never_green;
+    the_active_region_stands_by => suite::the_active_region_stands_by;
     poison_is_isolated => suite::faults::poison_is_isolated;
     an_outage_of_the_source_is_waited_out => suite::faults::an_outage_of_the_source;
     an_outage_of_the_replica_is_waited_out => suite::faults::an_outage_of_the_replica;

@@ -16,10 +16,18 @@ use aws_sdk_dynamodb::types::{
     PutRequest, ScalarAttributeType, StreamSpecification, StreamViewType, WriteRequest,
 };
 use aws_sdk_dynamodbstreams::types::{Record, Shard, ShardIteratorType};
-use farshore::embedded::gateway::Gateway;
+use farshore::embedded::gateway::{Gateway, Options};
 
 pub type Dynamo = aws_sdk_dynamodb::Client;
 pub type Streams = aws_sdk_dynamodbstreams::Client;
+
+/// A gateway with the table `orders`, and its clients.
+pub async fn started(options: Options) -> (Gateway, Dynamo, Streams, String) {
+    let gateway = Gateway::start(options).await.unwrap();
+    let (dynamo, streams) = clients(&gateway).await;
+    let arn = table(&dynamo, "orders").await;
+    (gateway, dynamo, streams, arn)
+}
 
 /// What a walk may take; far more than it needs, far less than a test may hang.
 pub const PATIENCE: Duration = Duration::from_secs(30);
