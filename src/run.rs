@@ -270,6 +270,7 @@ async fn beat(
                 .shards
                 .iter()
                 .filter(|row| row.epoch == shared.epoch && !row.is_finished())
+                .filter(|row| shared.board.is_current_stream(&row.table, &row.stream_arn))
                 .map(|row| (row.table.as_str(), row.shard_id.as_str(), row.proven_ms()));
             shared.board.publish(open, shared.source.clock.now_ms());
         }

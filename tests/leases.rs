@@ -12,7 +12,8 @@ use common::stand::{Stand, attribute, create_table, key, put, s, state_rows};
 use farshore::embedded::gateway::{Fault, Limit, Options, Outage};
 
 async fn two_gateways() -> Stand {
-    Stand::gateways(Options::new(common::seed()), Options::new(1)).await
+    let seed = common::seed();
+    Stand::gateways(Options::new(seed), Options::new(seed)).await
 }
 
 /// One throttled release is tried again: exit 0, and the lease is given up.
@@ -72,6 +73,40 @@ async fn a_stop_does_not_wait_for_a_replica_that_refuses() {
     stand.gateways[1].clear_faults();
     let worker = Worker::following(&config).await;
     stand.converge(&table, 100).await;
+    assert!(worker.stop().await.success());
+}
+
+/// Asked to stop with a backlog that a small write budget would take minutes for, it stops at once,
+/// gives its leases up, and the next run finishes the work.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_does_not_wait_for_the_write_budget() {
+    let stand = two_gateways().await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let slow = format!("name = \"{table}\"\nunits_per_second = 2");
+    let config = stand.config(&[&slow], "");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    for id in 0..300 {
+        put(&stand.source, &table, &format!("k{id}"), id).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let start = std::time::Instant::now();
+    assert_eq!(worker.stop().await.code(), Some(0));
+    // The grace is 10 s; the backlog would take 150 s.
+    assert!(
+        start.elapsed() < Duration::from_secs(9),
+        "{:?}",
+        start.elapsed()
+    );
+    for row in state_rows(&stand.target, &stand.state_table()).await {
+        assert!(!row.contains_key("leaseOwner"), "not released: {row:?}");
+    }
+    let text =
+        common::stand::text_of(&config).replace("units_per_second = 2", "units_per_second = 0");
+    std::fs::write(&config, text).unwrap();
+    let worker = Worker::following(&config).await;
+    stand.converge(&table, 300).await;
     assert!(worker.stop().await.success());
 }
 

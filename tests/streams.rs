@@ -194,28 +194,35 @@ async fn roughly(seed: u64) {
         .rotate_every(Duration::from_secs(3))
         .split_every(Duration::from_secs(4))
         .iterator_life(Duration::from_millis(700))
-        .describe_page(10)
-        .fault(Fault::late_children(Duration::from_millis(300)))
-        .fault(Fault::empty_children(2))
-        .fault(Fault::missing_shard().chance(0.2))
-        .fault(Fault::empty_page().chance(0.2))
-        .fault(Fault::short_page().chance(0.2))
-        .fault(
+        .describe_page(10);
+    let stand = Stand::gateways(source, Options::new(seed)).await;
+    let faults = [
+        (0, Fault::late_children(Duration::from_millis(300))),
+        (0, Fault::empty_children(2)),
+        (0, Fault::missing_shard().chance(0.2)),
+        (0, Fault::empty_page().chance(0.2)),
+        (0, Fault::short_page().chance(0.2)),
+        (
+            0,
             Fault::throttling_exception(Limit::Account)
                 .on("GetRecords")
                 .chance(0.05),
-        )
-        .fault(Fault::unavailable().on("GetRecords").chance(0.05));
-    let target = Options::new(seed ^ 1)
-        .fault(Fault::unprocessed(0.4).chance(0.3))
-        .fault(Fault::error_after().on("BatchWriteItem").chance(0.1))
-        .fault(Fault::error_before().on("BatchWriteItem").chance(0.1))
-        .fault(
+        ),
+        (0, Fault::unavailable().on("GetRecords").chance(0.05)),
+        (1, Fault::unprocessed(0.4).chance(0.3)),
+        (1, Fault::error_before().on("BatchWriteItem").chance(0.1)),
+        (1, Fault::error_after().on("BatchWriteItem").chance(0.1)),
+        (
+            1,
             Fault::throttle(Limit::Provisioned)
                 .on("BatchWriteItem")
                 .chance(0.1),
-        );
-    let stand = Stand::gateways(source, target).await;
+        ),
+    ];
+    let struck: Vec<_> = faults
+        .into_iter()
+        .map(|(region, fault)| (format!("{fault:?}"), stand.gateways[region].inject(fault)))
+        .collect();
     let table = stand.table("orders");
     let (_config, worker) = suite::replicated(&stand, &table, "").await;
     let mut random = <rand::rngs::StdRng as rand::SeedableRng>::seed_from_u64(seed);
@@ -226,6 +233,9 @@ async fn roughly(seed: u64) {
     stand.converge(&table, 10).await;
     assert!(stand.dead_letters().is_empty());
     assert_eq!(worker.metric("farshore_gaps_open").await, 0.0);
+    for (fault, handle) in &struck {
+        assert!(handle.hits() > 0, "this fault never happened: {fault}");
+    }
     assert!(worker.stop().await.success());
 }
 

@@ -4,6 +4,7 @@
 mod common;
 mod suite;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use common::binary::{run, stdout};
@@ -11,10 +12,11 @@ use common::stand::{Stand, put};
 use farshore::embedded::gateway::Options;
 
 async fn stand() -> Stand {
-    let source = Options::new(common::seed())
+    let seed = common::seed();
+    let source = Options::new(seed)
         .shards(8)
         .rotate_every(Duration::from_secs(2));
-    Stand::gateways(source, Options::new(1)).await
+    Stand::gateways(source, Options::new(seed)).await
 }
 
 macro_rules! promises {
@@ -24,6 +26,9 @@ macro_rules! promises {
             async fn $name() {
                 let stand = stand().await;
                 $run(&stand).await;
+                let read = stand.gateways[0].calls_of("GetRecords");
+                let shards: HashSet<_> = read.into_iter().filter_map(|call| call.shard).collect();
+                assert!(shards.len() >= 8, "only {} shards were read", shards.len());
             }
         )*
     };
@@ -49,10 +54,11 @@ promises! {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_stays_green_while_shards_roll_over() {
     // Four ends a second: more would wait for the ten DescribeStream calls that AWS allows.
-    let source = Options::new(common::seed())
+    let seed = common::seed();
+    let source = Options::new(seed)
         .shards(2)
         .rotate_every(Duration::from_millis(500));
-    let stand = Stand::gateways(source, Options::new(1)).await;
+    let stand = Stand::gateways(source, Options::new(seed)).await;
     let table = stand.table("orders");
     let (config, worker) = suite::replicated(&stand, &table, "").await;
     let path = config.to_str().unwrap().to_owned();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
 use super::coalesce::Op;
@@ -77,6 +78,8 @@ enum Answer {
         unprocessed: Vec<usize>,
     },
     Failed(Fault),
+    /// Nothing was sent: the worker was asked to stop.
+    Stopped,
 }
 
 impl Writer {
@@ -133,7 +136,8 @@ impl Writer {
     /// Writes `ops` under `lease`. A batch that the replica rejects is bisected until each record
     /// that it refuses stands alone. Returns early, with the rest unsent, at the first failure
     /// that is not the records' own.
-    pub async fn write(&self, lease: &Lease, ops: Vec<Op>) -> Sent {
+    /// Once `stop` is cancelled nothing more is sent, however much of a batch or a budget is left.
+    pub async fn write(&self, lease: &Lease, stop: &CancellationToken, ops: Vec<Op>) -> Sent {
         let mut outcomes = Vec::with_capacity(ops.len());
         let mut fault = None;
         // Depth first, so that at most one half for each halving waits here.
@@ -143,7 +147,10 @@ impl Writer {
                 outcomes.extend(group.into_iter().map(|op| (op, Outcome::Returned)));
                 continue;
             }
-            match self.send(lease, &group).await {
+            match self.send(lease, stop, &group).await {
+                Answer::Stopped => {
+                    outcomes.extend(group.into_iter().map(|op| (op, Outcome::Returned)));
+                }
                 Answer::Done { unprocessed } => {
                     if !unprocessed.is_empty() {
                         fault = Some(unprocessed_fault());
@@ -163,7 +170,7 @@ impl Writer {
                         groups.push(right);
                         groups.push(group);
                     } else if let Some(op) = group.pop() {
-                        let (outcome, other) = self.alone(lease, &op, refused).await;
+                        let (outcome, other) = self.alone(lease, stop, &op, refused).await;
                         outcomes.push((op, outcome));
                         fault = other;
                     }
@@ -179,13 +186,20 @@ impl Writer {
 
     /// Tries a record alone until it has been refused `max_attempts` times, counting the one that
     /// gave `fault`.
-    async fn alone(&self, lease: &Lease, op: &Op, fault: Fault) -> (Outcome, Option<Fault>) {
+    async fn alone(
+        &self,
+        lease: &Lease,
+        stop: &CancellationToken,
+        op: &Op,
+        fault: Fault,
+    ) -> (Outcome, Option<Fault>) {
         let mut fault = fault;
         let mut attempts = 1;
         while attempts < self.max_attempts {
             metrics::retried(&self.table, fault.class);
             tokio::time::sleep(REFUSED_PAUSE).await;
-            match self.send(lease, std::slice::from_ref(op)).await {
+            match self.send(lease, stop, std::slice::from_ref(op)).await {
+                Answer::Stopped => return (Outcome::Returned, None),
                 Answer::Done { unprocessed } if unprocessed.is_empty() => {
                     return (Outcome::Applied, None);
                 }
@@ -204,9 +218,13 @@ impl Writer {
     }
 
     /// One call, inside the lease.
-    async fn send(&self, lease: &Lease, ops: &[Op]) -> Answer {
+    async fn send(&self, lease: &Lease, stop: &CancellationToken, ops: &[Op]) -> Answer {
         let units: u32 = ops.iter().map(|op| op.change.units).sum();
-        self.budget.spend(units).await;
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Answer::Stopped,
+            () = self.budget.spend(units) => {}
+        }
         let left = lease.remaining();
         if left <= LEASE_MARGIN {
             return Answer::Failed(Fault::own(

@@ -1,5 +1,7 @@
 //! `farshore status`: shards, owners, checkpoints and gaps, from the state table of this region.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use super::{answer, answer_json};
@@ -11,6 +13,7 @@ use crate::lease::row::{ControlRow, GapRow, Row, ShardRow};
 use crate::lease::table::StateTable;
 use crate::observe::board::RETENTION_MS;
 use crate::run::start::unusable;
+use crate::stream::stream_label;
 
 /// Arguments of `status`.
 #[derive(Debug, clap::Args)]
@@ -52,6 +55,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
             Row::Stream(_) | Row::Other(_) => {}
         }
     }
+    found.keep_current(&loaded);
     found.shards.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
     found.gaps.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
     if args.json {
@@ -95,12 +99,35 @@ fn silence_s(row: &ShardRow, silent_after_ms: i64) -> Option<i64> {
     (row.lease_owner.is_some() && silent_ms > silent_after_ms).then_some(silent_ms / 1_000)
 }
 
-/// Seconds until the stream forgets the oldest position not known to be applied, now.
-fn headroom_s(row: &ShardRow) -> i64 {
-    (row.proven_ms() + RETENTION_MS - host_ms()).max(0) / 1_000
+/// Seconds until the stream forgets the oldest position not known to be applied, now; `None` for a
+/// shard of which nothing is known yet.
+fn headroom_s(row: &ShardRow) -> Option<i64> {
+    Some((row.watermark? + RETENTION_MS - host_ms()).max(0) / 1_000)
 }
 
 impl Found {
+    /// Leaves out what nobody follows any more: tables no longer in the file, other epochs, and
+    /// streams that were re-created (their gap says so). Stream labels are times, so the highest is
+    /// the newest.
+    fn keep_current(&mut self, loaded: &Loaded) {
+        let epoch = self.control.as_ref().map(|control| control.epoch);
+        self.shards.retain(|row| {
+            epoch.is_none_or(|epoch| row.epoch == epoch)
+                && loaded.config.tables.iter().any(|t| t.name == row.table)
+        });
+        let mut newest: BTreeMap<String, String> = BTreeMap::new();
+        for row in &self.shards {
+            let label = stream_label(&row.stream_arn);
+            let known = newest.entry(row.table.clone()).or_default();
+            if label > known.as_str() {
+                label.clone_into(known);
+            }
+        }
+        self.shards.retain(|row| {
+            newest.get(&row.table).map(String::as_str) == Some(stream_label(&row.stream_arn))
+        });
+    }
+
     /// Shards that are not applied to their end.
     fn open(&self) -> impl Iterator<Item = &ShardRow> {
         self.shards.iter().filter(|row| !row.is_finished())
@@ -181,10 +208,13 @@ fn as_text(loaded: &Loaded, found: &Found) -> String {
                 format!("  SILENT for {s} s: is its worker dead?")
             });
             lines.push(format!(
-                "  {}  {}  {} h left  owner {}{silence}",
+                "  {}  {}  {}  owner {}{silence}",
                 row.shard_id,
                 progress(row),
-                headroom_s(row) / 3_600,
+                headroom_s(row).map_or_else(
+                    || "headroom unknown".to_owned(),
+                    |s| format!("{} h until the stream forgets", s / 3_600)
+                ),
                 row.lease_owner.as_deref().unwrap_or("none"),
             ));
         }

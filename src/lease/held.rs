@@ -1,5 +1,6 @@
 //! A lease this process owns: renewed, checkpointed, released, and known to be lost.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ pub struct Lease {
     progress: StdMutex<Progress>,
     /// Cancelled when somebody else has the lease.
     lost: CancellationToken,
+    /// Whether a release was sent: a row without an owner is then ours to leave.
+    releasing: AtomicBool,
     shard: ShardId,
 }
 
@@ -78,6 +81,7 @@ impl Lease {
                 row: Mutex::new(row),
                 valid_until: StdMutex::new(sent + duration),
                 lost: CancellationToken::new(),
+                releasing: AtomicBool::new(false),
             }))),
         }
     }
@@ -157,6 +161,7 @@ impl Lease {
     /// # Errors
     /// As [`renew`](Self::renew).
     pub async fn release(&self) -> Result<(), Fault> {
+        self.releasing.store(true, Ordering::Relaxed);
         let result = self.update(|row| row.lease_owner = None).await;
         // After a failure the lease may still be ours, and release may be tried again.
         if result.is_ok() {
@@ -190,7 +195,7 @@ impl Lease {
                 }
                 Written::Refused => {
                     let current = self.state.shard(&known.lease_key).await?;
-                    let releasing = next.lease_owner.is_none();
+                    let releasing = self.releasing.load(Ordering::Relaxed);
                     match after_refusal(
                         current.as_ref(),
                         &self.owner,
@@ -229,17 +234,26 @@ impl Lease {
     /// Renews the lease at a third of its duration until `stop` is cancelled or it is lost.
     /// `report` hears of every renewal.
     pub async fn keep(&self, stop: &CancellationToken, report: impl Fn(Result<(), &Fault>)) {
-        let pause = self.duration / 3;
+        let mut pause = self.duration / 3;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.lost.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
             }
+            let sent = Instant::now();
             match self.renew().await {
-                Ok(()) => report(Ok(())),
+                Ok(()) => {
+                    report(Ok(()));
+                    // Counted from before it was sent, as the lease is.
+                    pause = (self.duration / 3).saturating_sub(sent.elapsed());
+                }
                 Err(_) if self.lost.is_cancelled() => return,
-                Err(fault) => report(Err(&fault)),
+                Err(fault) => {
+                    report(Err(&fault));
+                    // The lease runs on: the next attempt cannot wait its turn.
+                    pause = self.duration / 20;
+                }
             }
         }
     }

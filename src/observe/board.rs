@@ -13,8 +13,9 @@ pub struct Standing {
     /// When the source made the oldest change read and not durable, in milliseconds.
     pub oldest_open_ms: Option<i64>,
     /// The moment of the source up to which everything is known to be applied, in milliseconds:
-    /// the last durable change, or the last time the shard was seen to hold nothing more.
-    pub applied_until_ms: i64,
+    /// the last durable change, or the last time the shard was seen to hold nothing more. `None`
+    /// while nobody knows: a shard never read may hold a day's backlog.
+    pub applied_until_ms: Option<i64>,
 }
 
 impl Standing {
@@ -24,10 +25,16 @@ impl Standing {
             .map_or(0.0, |oldest| (now_ms - oldest).max(0) as f64 / 1_000.0)
     }
 
-    /// Seconds until the stream forgets the oldest position not known to be applied.
-    pub fn headroom_s(&self, now_ms: i64) -> f64 {
-        let position = self.oldest_open_ms.unwrap_or(self.applied_until_ms);
-        (position + RETENTION_MS - now_ms).max(0) as f64 / 1_000.0
+    /// Seconds until the stream forgets the oldest position not known to be applied; `None` while
+    /// that position is not known.
+    pub fn headroom_s(&self, now_ms: i64) -> Option<f64> {
+        let position = self.oldest_open_ms.or(self.applied_until_ms)?;
+        Some((position + RETENTION_MS - now_ms).max(0) as f64 / 1_000.0)
+    }
+
+    /// Everything up to `ms` is known to be applied.
+    pub fn applied_until(&mut self, ms: i64) {
+        self.applied_until_ms = Some(self.applied_until_ms.map_or(ms, |until| until.max(ms)));
     }
 }
 
@@ -46,6 +53,8 @@ pub struct Totals {
 #[derive(Debug, Default)]
 pub struct Board {
     shards: Mutex<BTreeMap<String, BTreeMap<String, Standing>>>,
+    /// The stream that each table has now.
+    streams: Mutex<BTreeMap<String, String>>,
     /// Totals since the start.
     pub totals: Totals,
 }
@@ -53,6 +62,23 @@ pub struct Board {
 impl Board {
     fn shards(&self) -> MutexGuard<'_, BTreeMap<String, BTreeMap<String, Standing>>> {
         self.shards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `table` is fed from the stream `arn` from now on.
+    pub fn set_stream(&self, table: &str, arn: &str) {
+        self.streams
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(table.to_owned(), arn.to_owned());
+    }
+
+    /// Whether `arn` is the stream that `table` is fed from now.
+    pub fn is_current_stream(&self, table: &str, arn: &str) -> bool {
+        self.streams
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(table)
+            .is_some_and(|current| current == arn)
     }
 
     /// A shard of `table` stands here now.
@@ -80,13 +106,13 @@ impl Board {
             let shards = all.entry(table.to_owned()).or_default();
             shards.entry(shard.to_owned()).or_insert(Standing {
                 oldest_open_ms: None,
-                applied_until_ms: proven_ms,
+                applied_until_ms: Some(proven_ms),
             });
         }
         for (table, shards) in &all {
             super::metrics::leases_held(table, ours.get(table).map_or(0, BTreeMap::len));
             let age = shards.values().map(|s| s.iterator_age_s(now_ms));
-            let headroom = shards.values().map(|s| s.headroom_s(now_ms));
+            let headroom = shards.values().filter_map(|s| s.headroom_s(now_ms));
             if let (Some(age), Some(headroom)) = (age.reduce(f64::max), headroom.reduce(f64::min)) {
                 super::metrics::position(table, age, headroom);
             }
@@ -107,16 +133,17 @@ mod tests {
     fn headroom_runs_down_from_what_is_not_applied() {
         let standing = Standing {
             oldest_open_ms: Some(1_000),
-            applied_until_ms: 0,
+            applied_until_ms: None,
         };
         assert_eq!(standing.iterator_age_s(61_000), 60.0);
-        assert_eq!(standing.headroom_s(61_000), 86_400.0 - 60.0);
+        assert_eq!(standing.headroom_s(61_000), Some(86_400.0 - 60.0));
         let idle = Standing {
             oldest_open_ms: None,
-            applied_until_ms: 61_000,
+            applied_until_ms: Some(61_000),
         };
         assert_eq!(idle.iterator_age_s(61_000), 0.0);
-        assert_eq!(idle.headroom_s(61_000), 86_400.0);
-        assert_eq!(idle.headroom_s(i64::MAX / 2), 0.0);
+        assert_eq!(idle.headroom_s(61_000), Some(86_400.0));
+        assert_eq!(idle.headroom_s(i64::MAX / 2), Some(0.0));
+        assert_eq!(Standing::default().headroom_s(61_000), None);
     }
 }

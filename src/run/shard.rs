@@ -35,6 +35,8 @@ pub enum Ended {
     Finished,
     /// Drained, checkpointed and given up, as asked.
     Released,
+    /// Drained and checkpointed, but a write got no answer: the lease is left to expire.
+    Kept,
     /// Another worker has the lease.
     Lost,
 }
@@ -56,6 +58,9 @@ struct Delivered {
 struct Consumer<'a> {
     context: &'a Arc<TableContext>,
     lease: &'a Arc<Lease>,
+    stop: &'a CancellationToken,
+    /// While draining a write got no answer: it may still take effect.
+    unsure: bool,
     shard: String,
     window: Window,
     writes: FuturesUnordered<Later<'a, Sent>>,
@@ -93,10 +98,11 @@ pub async fn consume(
     ));
     // Dropped with this future, whichever way it ends.
     let mut reader = AbortOnDrop(reader);
-    let now_ms = context.shared.source.clock.now_ms();
     let mut consumer = Consumer {
         context: &context,
         lease: &lease,
+        stop: &stop,
+        unsure: false,
         shard: lease.shard().0.clone(),
         window: Window::new(context.shared.config.coalesces(&context.table)),
         writes: FuturesUnordered::new(),
@@ -108,11 +114,11 @@ pub async fn consume(
         not_before: Instant::now(),
         standing: Standing {
             oldest_open_ms: None,
-            applied_until_ms: row.proven_ms().min(now_ms),
+            applied_until_ms: row.watermark,
         },
         last_sequence: None,
     };
-    let ended = consumer.run(&mut reads, &stop).await;
+    let ended = consumer.run(&mut reads).await;
     drop(consumer);
     // The reader must be gone before its reports are forgotten.
     reader.end().await;
@@ -123,7 +129,8 @@ pub async fn consume(
 }
 
 impl<'a> Consumer<'a> {
-    async fn run(&mut self, reads: &mut mpsc::Receiver<Read>, stop: &CancellationToken) -> Ended {
+    async fn run(&mut self, reads: &mut mpsc::Receiver<Read>) -> Ended {
+        let stop = self.stop;
         let worker = &self.context.shared.config.worker;
         let read_ahead = usize::try_from(worker.read_ahead.as_u64()).unwrap_or(usize::MAX);
         let mut checkpoints = tokio::time::interval(worker.checkpoint_every);
@@ -131,6 +138,10 @@ impl<'a> Consumer<'a> {
         let mut draining = false;
         let mut at_end = false;
         loop {
+            if stop.is_cancelled() && !draining {
+                draining = true;
+                reads.close();
+            }
             // Draining, nothing new is sent: what is not durable yet is read again by the next
             // owner, and a shard must not keep its lease for a slow replica's sake.
             if !draining {
@@ -164,10 +175,7 @@ impl<'a> Consumer<'a> {
                     self.on_delivered(&delivered);
                 }
                 // 6. Asked to stop: no more is taken in; what was is finished.
-                () = stop.cancelled(), if !draining => {
-                    draining = true;
-                    reads.close();
-                }
+                () = stop.cancelled(), if !draining => {}
                 // 7. A pause after a failure is over.
                 () = tokio::time::sleep_until(self.not_before.into()), if waits => {}
                 // 8. More records, as long as not too many wait.
@@ -198,7 +206,7 @@ impl<'a> Consumer<'a> {
         if let Some(caught_up_ms) = read.caught_up_ms
             && self.window.is_empty()
         {
-            self.standing.applied_until_ms = self.standing.applied_until_ms.max(caught_up_ms);
+            self.standing.applied_until(caught_up_ms);
         }
         let table = &self.context.table;
         for record in read.page.records {
@@ -238,6 +246,8 @@ impl<'a> Consumer<'a> {
                 self.window.push(change);
             }
         }
+        // Records left out are done, too.
+        self.note_durable();
     }
 
     /// Starts writes while there is something to send and room in flight.
@@ -251,10 +261,10 @@ impl<'a> Consumer<'a> {
             if ops.is_empty() {
                 break;
             }
-            let (context, lease) = (self.context, self.lease);
-            self.writes.push(Box::pin(
-                async move { context.writer.write(lease, ops).await },
-            ));
+            let (context, lease, stop) = (self.context, self.lease, self.stop);
+            self.writes.push(Box::pin(async move {
+                context.writer.write(lease, stop, ops).await
+            }));
         }
     }
 
@@ -288,6 +298,9 @@ impl<'a> Consumer<'a> {
                     _ => Scope::Replica,
                 };
                 health.failed(scope, table, &self.shard, &fault);
+                self.unsure |= self.stop.is_cancelled()
+                    && fault.operation == Operation::Write
+                    && matches!(fault.class, Class::Network | Class::Service);
                 if applied_any {
                     self.backoff.reset();
                 }
@@ -373,8 +386,7 @@ impl<'a> Consumer<'a> {
 
     fn note_durable(&mut self) {
         if let Some(durable) = self.window.durable() {
-            let standing = &mut self.standing;
-            standing.applied_until_ms = standing.applied_until_ms.max(durable.created_ms);
+            self.standing.applied_until(durable.created_ms);
         }
     }
 
@@ -383,8 +395,8 @@ impl<'a> Consumer<'a> {
         let shared = &self.context.shared;
         let now_ms = shared.source.clock.now_ms();
         self.lease.note(Progress {
-            watermark_ms: Some(self.standing.applied_until_ms),
-            headroom_s: Some(self.standing.headroom_s(now_ms) as i64),
+            watermark_ms: self.standing.applied_until_ms,
+            headroom_s: self.standing.headroom_s(now_ms).map(|s| s as i64),
         });
         shared
             .board
@@ -433,10 +445,13 @@ impl<'a> Consumer<'a> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let result = match self.progress() {
+                // Whoever takes a released shard goes on at once. A write that may still arrive is
+                // given at least the lease.
+                None if self.unsure => return Ended::Kept,
                 Some(sequence) => match self.lease.checkpoint(&sequence).await {
                     Ok(()) => {
                         self.stored = Some(sequence);
-                        self.lease.release().await
+                        continue;
                     }
                     Err(fault) => Err(fault),
                 },
@@ -479,9 +494,11 @@ impl<'a> Consumer<'a> {
                 }
                 Err(_) if self.lease.lost().is_cancelled() => return Ended::Lost,
                 Err(fault) => {
-                    shared
-                        .health
-                        .failed(Scope::Source, table, &self.shard, &fault);
+                    let scope = match fault.operation {
+                        Operation::State => Scope::State,
+                        _ => Scope::Source,
+                    };
+                    shared.health.failed(scope, table, &self.shard, &fault);
                     tokio::select! {
                         () = stop.cancelled() => return self.release().await,
                         () = tokio::time::sleep(backoff.pause()) => {}

@@ -27,7 +27,7 @@ const START_ATTEMPTS: u32 = 4;
 const START_PAUSE: Duration = Duration::from_millis(200);
 const START_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A call to the state table gets this long, however short the leases are.
-const STATE_TIMEOUT_MIN: Duration = Duration::from_millis(500);
+const STATE_TIMEOUT_MIN: Duration = Duration::from_millis(400);
 
 /// What this process does in its region.
 pub enum Role {
@@ -76,8 +76,9 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
         })
     };
     let target = region(&loaded.here)?;
-    // Two renewals may fail within a lease, so none may take longer than a third of it.
-    let patience = (config.leases.duration / 3).max(STATE_TIMEOUT_MIN);
+    // The first renewal goes out after a third of a lease; with a quarter each, two more attempts
+    // find room before its end.
+    let patience = (config.leases.duration / 4).max(STATE_TIMEOUT_MIN);
     let state = StateTable::new(target.tables_within(patience), config.state_table());
     let (active, epoch) = find_active(config, &loaded.here, regions).await?;
     if active == loaded.here {

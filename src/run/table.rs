@@ -26,7 +26,7 @@ use crate::stream::lineage::{Tracked, plan};
 use crate::stream::reader::Position;
 use crate::stream::{Shard, ShardId, stream_label};
 
-/// How much earlier than "now" `start = "latest"` begins: stream times are whole seconds, and the
+/// How much earlier than asked a start by time begins: stream times are whole seconds, and the
 /// source's clock is known to two.
 const LATEST_MARGIN_MS: i64 = 3_000;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -69,6 +69,7 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
                         stream_arn: arn,
                         writer: Arc::clone(&writer),
                     });
+                    shared.board.set_stream(&table.name, &context.stream_arn);
                     let table_id = followed.as_ref().and_then(|(_, id)| id.clone());
                     let task = streams.spawn(follow_stream(context, table_id, stop.clone()));
                     current = Some(task.id());
@@ -91,6 +92,10 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
                     Ok((id, _)) => (*id, false),
                     Err(error) => (error.id(), true),
                 };
+                // A stream that is no longer the table's ends once the service has forgotten it.
+                if !panicked && current != Some(id) {
+                    continue;
+                }
                 tracing::error!(
                     table = table.name,
                     panicked,
@@ -250,10 +255,19 @@ async fn follow_stream(
     loop {
         let snapshot = rows.borrow_and_update().clone();
         if snapshot.read {
-            match until(&stop, stream.step(&snapshot)).await {
-                Some(Ok(())) => {}
-                Some(Err(fault)) => stream.failed(&fault),
-                None => break,
+            match stream.step(&snapshot).await {
+                Ok(()) => {}
+                Err(fault) if stream.is_over(&fault) => {
+                    tracing::info!(
+                        table = stream.context.table.name,
+                        stream = stream_label(&stream.context.stream_arn),
+                        "an old stream is forgotten by the service; it is not followed any more"
+                    );
+                    let health = &stream.context.shared.health;
+                    health.forget(&stream.context.table.name, &stream.part);
+                    return true;
+                }
+                Err(fault) => stream.failed(&fault),
             }
         }
         // In order of priority:
@@ -282,6 +296,19 @@ async fn follow_stream(
 }
 
 impl Stream {
+    /// Whether this is an old stream of its table that the service no longer knows, with nothing
+    /// left to read. Its gap is recorded already.
+    fn is_over(&self, fault: &Fault) -> bool {
+        let context = &self.context;
+        fault.operation == Operation::DescribeStream
+            && fault.class == Class::NotFound
+            && self.running.is_empty()
+            && !context
+                .shared
+                .board
+                .is_current_stream(&context.table.name, &context.stream_arn)
+    }
+
     fn failed(&mut self, fault: &Fault) {
         let shared = &self.context.shared;
         let table = &self.context.table.name;
@@ -328,7 +355,11 @@ impl Stream {
             .map(|row| (row.shard(), row))
             .collect();
         if Instant::now() >= self.next_listing {
-            self.list(&rows).await?;
+            // The one part of a step that may take long, and can be cut anywhere.
+            let stop = self.stop.clone();
+            if let Some(listed) = until(&stop, self.list(&rows)).await {
+                listed?;
+            }
         }
         if !self.listed {
             return Ok(());
@@ -358,6 +389,9 @@ impl Stream {
             shared.rescan.notify_one();
         }
         for id in &plan.startable {
+            if self.stop.is_cancelled() {
+                break;
+            }
             if let Some(row) = rows.get(id)
                 && snapshot.takeable.contains(&row.lease_key)
                 && !self.running.values().any(|key| *key == row.lease_key)
@@ -412,7 +446,7 @@ impl Stream {
             _ if seen_before => None,
             Start::TrimHorizon => None,
             Start::Latest => Some(shared.source.clock.now_ms() - LATEST_MARGIN_MS),
-            Start::At(time) => Some(time.to_millis().unwrap_or(0)),
+            Start::At(time) => Some(time.to_millis().unwrap_or(0) - LATEST_MARGIN_MS),
         };
         // The gap is durable before anything that would hide it.
         if seen_before {
