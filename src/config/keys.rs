@@ -197,7 +197,7 @@ pub const KEYS: &[Key] = &[
         "dead_letters.queue_url",
         "URL",
         "",
-        "SQS queue in the replica region for records the replica can never take. This or `directory` is required.",
+        "SQS queue in the replica region for records the replica can never take. This or `directory` is required. Its MaximumMessageSize is read at the start: 1 MiB holds most images, under 32 KiB it is refused.",
     ),
     key(
         "dead_letters.endpoint_url",

@@ -150,8 +150,9 @@ impl Queue {
             request = request.message_attributes(name, value);
         }
         if self.is_fifo() {
-            // One group per table keeps the table's letters in order; the position makes a second
-            // delivery after a lost answer the same message.
+            // One group per table: its letters are received one after the other, though not in the
+            // order of the stream, since several may be on their way at once. The position makes a
+            // second delivery after a lost answer the same message.
             request = request
                 .message_group_id(group_id(&letter.table))
                 .message_deduplication_id(deduplication_id(letter));

@@ -13,6 +13,7 @@ use super::{Shard, ShardId};
 use crate::error::{Class, Fault, Operation, classify};
 
 /// DescribeStream takes ten calls a second over all streams of an account; others call it, too.
+/// The `unwrap` is evaluated by the compiler.
 const CALLS_PER_SECOND: NonZeroU32 = NonZeroU32::new(8).unwrap();
 /// A listing longer than this is not believed: 100,000 shards at 100 a page.
 const PAGES_MAX: usize = 1_000;
