@@ -199,7 +199,8 @@ async fn roughly(seed: u64) {
     let faults = [
         (0, Fault::late_children(Duration::from_millis(300))),
         (0, Fault::empty_children(2)),
-        (0, Fault::missing_shard().chance(0.2)),
+        // Each shard is missed once at the most, so the chance must be high for it to happen at all.
+        (0, Fault::missing_shard().chance(0.7)),
         (0, Fault::empty_page().chance(0.2)),
         (0, Fault::short_page().chance(0.2)),
         (
