@@ -200,6 +200,9 @@ pub struct Leases {
     /// How long a lease outlives its last renewal.
     #[serde(deserialize_with = "duration")]
     pub duration: Duration,
+    /// How long a write that got no answer may still take effect.
+    #[serde(deserialize_with = "duration")]
+    pub late_effect: Duration,
 }
 
 impl Default for Leases {
@@ -208,6 +211,9 @@ impl Default for Leases {
             table: None,
             // A dead worker's shards wait this long; a renewal (a third of it) may fail twice.
             duration: Duration::from_secs(10),
+            // AWS refuses a request some five minutes after the date it was signed with; one more
+            // for clocks that differ.
+            late_effect: Duration::from_secs(6 * 60),
         }
     }
 }

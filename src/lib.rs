@@ -47,6 +47,7 @@ pub mod embedded;
 pub mod error;
 pub mod jobs;
 pub mod lease;
+pub mod mutation;
 pub mod observe;
 pub mod run;
 pub mod stream;

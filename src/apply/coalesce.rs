@@ -23,6 +23,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::dynamo::item::ItemKey;
+use crate::mutation::{self, Mutation};
 use crate::stream::change::Change;
 use crate::stream::sequence::SequenceNumber;
 
@@ -311,6 +312,14 @@ impl Window {
             self.bytes = self.bytes.saturating_sub(SLOT_BYTES);
             self.durable = Some(Durable {
                 sequence: slot.sequence,
+                created_ms: slot.created_ms,
+            });
+        }
+        if mutation::is_off(Mutation::Checkpoint)
+            && let Some(slot) = self.slots.front()
+        {
+            self.durable = Some(Durable {
+                sequence: slot.sequence.clone(),
                 created_ms: slot.created_ms,
             });
         }

@@ -52,7 +52,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
             Row::Control(row) => found.control = Some(row),
             Row::Shard(row) => found.shards.push(row),
             Row::Gap(row) => found.gaps.push(row),
-            Row::Stream(_) | Row::Other(_) => {}
+            Row::Stream(_) | Row::Worker(_) | Row::Doubt(_) | Row::Pause(_) | Row::Other(_) => {}
         }
     }
     found.keep_current(&loaded);

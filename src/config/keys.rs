@@ -182,6 +182,12 @@ pub const KEYS: &[Key] = &[
         "How long a lease outlives its last renewal. A dead worker's shards wait this long; two renewals may fail before it.",
     ),
     key(
+        "leases.late_effect",
+        "duration",
+        "\"6m\"",
+        "How long a write that got no answer may still take effect. What it wrote is repaired afterwards. A signed request is refused some five minutes after its date.",
+    ),
+    key(
         "writes.units_per_second",
         "number",
         "4000",

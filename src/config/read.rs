@@ -445,6 +445,7 @@ fn validate(config: &Config, environment: &[(String, String)]) -> Result<String,
         ("worker.discover_every", config.worker.discover_every, 100),
         ("worker.shutdown_grace", config.worker.shutdown_grace, 100),
         ("leases.duration", config.leases.duration, 500),
+        ("leases.late_effect", config.leases.late_effect, 1_000),
     ] {
         if duration.as_millis() < least_ms {
             return refuse(

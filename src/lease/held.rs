@@ -8,7 +8,7 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::row::{SHARD_END, ShardRow};
-use super::rules::{Refused, after_refusal};
+use super::rules::{Refused, after_refusal, take_name};
 use super::table::{StateTable, Written};
 use crate::dynamo::clock::host_ms;
 use crate::error::{Class, Fault, Operation};
@@ -58,10 +58,7 @@ impl Lease {
         duration: Duration,
     ) -> Result<Option<Arc<Self>>, Fault> {
         let known_counter = row.lease_counter;
-        // A nonce for each take: even this process is somebody else the next time, so that two of
-        // its tasks can never believe in one lease.
-        let take: u32 = rand::random();
-        let owner = format!("{owner}.{take:08x}");
+        let owner = take_name(owner, rand::random());
         row.lease_owner = Some(owner.clone());
         row.lease_counter += 1;
         row.owner_switches_since_checkpoint += 1;

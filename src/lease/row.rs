@@ -1,6 +1,12 @@
 //! The rows of the state table (DESIGN section 4), read and written through `serde_dynamo`.
 
+mod doubt;
+mod fleet;
+
 use serde::{Deserialize, Serialize};
+
+pub use doubt::{DoubtCause, DoubtRow};
+pub use fleet::{PauseRow, WorkerRow};
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;
@@ -33,6 +39,24 @@ pub struct Head {
     pub format_version: u32,
 }
 
+/// A row that is only ever replaced on condition of its counter.
+pub trait Counted: Serialize {
+    /// The hash key.
+    fn key(&self) -> &str;
+    /// The counter, which only grows.
+    fn counter(&self) -> u64;
+}
+
+impl Counted for ShardRow {
+    fn key(&self) -> &str {
+        &self.lease_key
+    }
+
+    fn counter(&self) -> u64 {
+        self.lease_counter
+    }
+}
+
 /// A row of the state table.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Row {
@@ -44,6 +68,12 @@ pub enum Row {
     Control(ControlRow),
     /// Records that were never applied.
     Gap(GapRow),
+    /// A process of the fleet.
+    Worker(WorkerRow),
+    /// Records whose writes may still take effect.
+    Doubt(DoubtRow),
+    /// A closed tap.
+    Pause(PauseRow),
     /// A kind this version does not use.
     Other(Head),
 }

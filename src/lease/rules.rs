@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::row::ShardRow;
+use crate::mutation::{self, Mutation};
 
 /// When each row's counter was last seen to move, by the observer's own monotonic clock. Clocks
 /// of other machines are never compared.
@@ -45,6 +46,20 @@ impl Observer {
                 *counter == row.lease_counter && now.saturating_duration_since(*since) >= duration
             })
     }
+}
+
+/// How a take names its owner: the process start, and a nonce for each take. Even this process is
+/// somebody else the next time, so that two of its tasks can never believe in one lease.
+pub fn take_name(worker: &str, nonce: u32) -> String {
+    if mutation::is_off(Mutation::Nonce) {
+        return "worker".to_owned();
+    }
+    format!("{worker}.{nonce:08x}")
+}
+
+/// The process start that a lease's owner names.
+pub fn worker_of(owner: &str) -> &str {
+    owner.rsplit_once('.').map_or(owner, |(worker, _)| worker)
 }
 
 /// What a refused update of a held lease means, given the row as it is now.

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::row::{
-    ControlRow, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, Row, ShardRow, StreamRow,
+    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, Row, ShardRow, StreamRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -126,11 +126,11 @@ impl StateTable {
         self.put(row, "attribute_not_exists(leaseKey)", None).await
     }
 
-    /// Replaces a shard's row if its counter is still `known_counter`.
+    /// Replaces a row if its counter is still `known_counter`.
     ///
     /// # Errors
     /// The fault of the call. Its effect is then unknown.
-    pub async fn replace(&self, row: &ShardRow, known_counter: u64) -> Result<Written, Fault> {
+    pub async fn replace(&self, row: &impl Counted, known_counter: u64) -> Result<Written, Fault> {
         let known = AttributeValue::N(known_counter.to_string());
         self.put(row, "leaseCounter = :known", Some(known)).await
     }
@@ -141,6 +141,49 @@ impl StateTable {
     /// The fault of the call. Its effect is then unknown.
     pub async fn replace_stream(&self, row: &StreamRow) -> Result<Written, Fault> {
         self.put(row, "attribute_exists(leaseKey)", None).await
+    }
+
+    /// Deletes a row if its counter is still that of `row`. One that is gone already is as good.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn delete(&self, row: &impl Counted) -> Result<Written, Fault> {
+        let known = AttributeValue::N(row.counter().to_string());
+        self.remove(
+            row.key(),
+            "attribute_not_exists(leaseKey) OR leaseCounter = :known",
+            Some(known),
+        )
+        .await
+    }
+
+    /// Deletes a row without a counter. Refused if it is not there.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn delete_key(&self, key: &str) -> Result<Written, Fault> {
+        self.remove(key, "attribute_exists(leaseKey)", None).await
+    }
+
+    async fn remove(
+        &self,
+        key: &str,
+        condition: &str,
+        known: Option<AttributeValue>,
+    ) -> Result<Written, Fault> {
+        let mut request = self
+            .client
+            .delete_item()
+            .table_name(&self.name)
+            .key(KEY_ATTRIBUTE, AttributeValue::S(key.to_owned()))
+            .condition_expression(condition);
+        if let Some(known) = known {
+            request = request.expression_attribute_values(":known", known);
+        }
+        match request.send().await {
+            Ok(_) => Ok(Written::Yes),
+            Err(error) => refused_or(classify(Operation::State, &error)),
+        }
     }
 
     async fn put(
@@ -162,11 +205,16 @@ impl StateTable {
         }
         match request.send().await {
             Ok(_) => Ok(Written::Yes),
-            Err(error) => match classify(Operation::State, &error) {
-                fault if fault.class == Class::Condition => Ok(Written::Refused),
-                fault => Err(fault),
-            },
+            Err(error) => refused_or(classify(Operation::State, &error)),
         }
+    }
+}
+
+/// A condition that did not hold is an answer, not a fault.
+fn refused_or(fault: Fault) -> Result<Written, Fault> {
+    match fault.class {
+        Class::Condition => Ok(Written::Refused),
+        _ => Err(fault),
     }
 }
 
@@ -188,6 +236,9 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         "stream" => Row::Stream(parse(item)?),
         "control" => Row::Control(parse(item)?),
         "gap" => Row::Gap(parse(item)?),
+        "worker" => Row::Worker(parse(item)?),
+        "doubt" => Row::Doubt(parse(item)?),
+        "pause" => Row::Pause(parse(item)?),
         _ => Row::Other(head),
     })
 }

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
-use crate::lease::row::{GapRow, Row, ShardRow, StreamRow};
+use crate::lease::row::{
+    ControlRow, DoubtRow, GapRow, PauseRow, Row, ShardRow, StreamRow, WorkerRow,
+};
 use crate::lease::rules::Observer;
 use crate::lease::table::StateTable;
 use crate::observe::health::{Health, Scope};
@@ -18,6 +20,16 @@ pub struct Snapshot {
     pub shards: Vec<ShardRow>,
     /// Streams.
     pub streams: Vec<StreamRow>,
+    /// Processes of the fleet, dead ones as well.
+    pub workers: Vec<WorkerRow>,
+    /// Ranges in doubt.
+    pub doubts: Vec<DoubtRow>,
+    /// Closed taps.
+    pub pauses: Vec<PauseRow>,
+    /// Which region is active.
+    pub control: Option<ControlRow>,
+    /// When the reading of it began.
+    pub begun: Option<Instant>,
     /// Keys of the leases that may be taken.
     pub takeable: HashSet<String>,
     /// Whether it has been read at all.
@@ -36,10 +48,12 @@ pub async fn watch_rows(
     // A third of a lease: an expired one is seen within 4/3 of its duration.
     let pause = duration / 3;
     loop {
+        let begun = Instant::now();
         match state.rows().await {
             Ok(rows) => {
                 health.succeeded(Scope::State, "", "rows");
-                let snapshot = digest(rows, &mut observer, duration, &health);
+                let mut snapshot = digest(rows, &mut observer, duration, &health);
+                snapshot.begun = Some(begun);
                 snapshots.send_replace(Arc::new(snapshot));
             }
             Err(fault) => health.failed(Scope::State, "", "rows", &fault),
@@ -67,7 +81,11 @@ fn digest(
             Row::Shard(row) => snapshot.shards.push(row),
             Row::Stream(row) => snapshot.streams.push(row),
             Row::Gap(row) => gaps.push(row),
-            Row::Control(_) | Row::Other(_) => {}
+            Row::Worker(row) => snapshot.workers.push(row),
+            Row::Doubt(row) => snapshot.doubts.push(row),
+            Row::Pause(row) => snapshot.pauses.push(row),
+            Row::Control(row) => snapshot.control = Some(row),
+            Row::Other(_) => {}
         }
     }
     health.set_gaps(

@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Shard, ShardId};
+use crate::mutation::{self, Mutation};
 
 /// What is known of a shard from its lease row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +83,7 @@ pub fn plan(
                 }
             },
         };
-        if parent_done || row.started {
+        if parent_done || row.started || mutation::is_off(Mutation::Parents) {
             plan.startable.insert(id.clone());
         }
     }

@@ -151,6 +151,7 @@ discover_every = "1s"
 shutdown_grace = "10s"
 [leases]
 duration = "1s"
+late_effect = "5s"
 "#,
             self.group()
         );

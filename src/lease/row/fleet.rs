@@ -1,0 +1,111 @@
+//! Rows of the fleet: its processes, and the tap that a person closes.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Counted, FORMAT_VERSION};
+
+/// `worker#<id>`: a process of the fleet. It shows that it lives by moving its counter; the others
+/// watch that by their own clocks, as they do with leases.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `worker`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// The process start, as `leaseOwner` names it before the nonce of the take.
+    pub worker: String,
+    /// Grows with every heartbeat.
+    pub lease_counter: u64,
+    /// Epoch it works in.
+    pub epoch: u64,
+    /// Version of Farshore it runs.
+    pub version: String,
+    /// When it started, RFC 3339.
+    pub since: String,
+    /// When the row was last written, in milliseconds; for people, never for rules.
+    pub updated_at: i64,
+    /// Keys of the leases it asks their owners to hand over.
+    #[serde(
+        default,
+        with = "serde_dynamo::string_set",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub wants: Vec<String>,
+}
+
+impl WorkerRow {
+    /// The row of a process that has just started.
+    pub fn new(worker: &str, epoch: u64, since: String) -> Self {
+        Self {
+            lease_key: format!("worker#{worker}"),
+            entity_type: "worker".to_owned(),
+            format_version: FORMAT_VERSION,
+            worker: worker.to_owned(),
+            lease_counter: 0,
+            epoch,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            since,
+            updated_at: 0,
+            wants: Vec::new(),
+        }
+    }
+}
+
+impl Counted for WorkerRow {
+    fn key(&self) -> &str {
+        &self.lease_key
+    }
+
+    fn counter(&self) -> u64 {
+        self.lease_counter
+    }
+}
+
+/// `pause#<table>` (or `pause#*` for all tables): nothing is written to the replica while it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PauseRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `pause`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// The table, by its name in the configuration; absent for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<String>,
+    /// Who closed the tap.
+    pub by: String,
+    /// Why.
+    pub reason: String,
+    /// When, RFC 3339.
+    pub at: String,
+}
+
+impl PauseRow {
+    /// Key of the pause of `table`, or of all tables.
+    pub fn key(table: Option<&str>) -> String {
+        format!("pause#{}", table.unwrap_or("*"))
+    }
+
+    /// A pause of `table`, or of all tables.
+    pub fn new(table: Option<&str>, by: &str, reason: &str, at: String) -> Self {
+        Self {
+            lease_key: Self::key(table),
+            entity_type: "pause".to_owned(),
+            format_version: FORMAT_VERSION,
+            table: table.map(str::to_owned),
+            by: by.to_owned(),
+            reason: reason.to_owned(),
+            at,
+        }
+    }
+
+    /// Whether it stops the writes of `table`.
+    pub fn covers(&self, table: &str) -> bool {
+        self.table.as_deref().is_none_or(|paused| paused == table)
+    }
+}
