@@ -49,5 +49,6 @@ pub mod jobs;
 pub mod lease;
 pub mod mutation;
 pub mod observe;
+pub mod repair;
 pub mod run;
 pub mod stream;

@@ -6,6 +6,7 @@
 //! ```
 
 pub mod context;
+pub mod doubts;
 pub mod letter;
 pub mod rows;
 pub mod shard;
@@ -13,6 +14,7 @@ pub mod source;
 pub mod start;
 pub mod table;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,15 +24,18 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::apply::batch::Writer;
+use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
-use crate::config::Config;
 use crate::config::read::Loaded;
+use crate::config::{Config, Table};
 use crate::error::Exit;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use context::Shared;
+use doubts::repair_doubts;
 use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
 
@@ -128,14 +133,15 @@ async fn feed_until(
 ) -> Exit {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
+    let writers = writers(&config, &feed);
     let shared = Arc::new(Shared {
+        writers,
         epoch: feed.epoch,
         owner: owner(),
         lister: Lister::new(feed.source.streams.clone()),
         source: feed.source,
         target: feed.target,
         state: feed.state,
-        keys: feed.keys,
         dead_letters: feed.dead_letters,
         letters: Semaphore::new(LETTERS_AT_ONCE),
         health,
@@ -155,6 +161,14 @@ async fn feed_until(
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
+    let mut repairs = JoinSet::new();
+    for table in &shared.config.tables {
+        repairs.spawn(keep_repairing(
+            Arc::clone(&shared),
+            table.clone(),
+            stop.clone(),
+        ));
+    }
     let beating = CancellationToken::new();
     let mut tables = JoinSet::new();
     for table in &shared.config.tables {
@@ -169,6 +183,7 @@ async fn feed_until(
             while let Some(ended) = tables.join_next().await {
                 clean &= ended.unwrap_or(false);
             }
+            while repairs.join_next().await.is_some() {}
             clean
         })
         .await
@@ -201,11 +216,7 @@ async fn feed_until(
 
 /// Keeps a table followed: a task that ends by itself is noticed and started again.
 /// Returns whether all its shards were drained and released.
-async fn supervise(
-    shared: Arc<Shared>,
-    table: crate::config::Table,
-    stop: CancellationToken,
-) -> bool {
+async fn supervise(shared: Arc<Shared>, table: Table, stop: CancellationToken) -> bool {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         // A set of one: dropped with this future, it takes the task with it.
@@ -247,6 +258,46 @@ async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapsho
         tracing::error!("the reader of the state table ended by itself; it starts over");
         tokio::time::sleep(backoff.pause()).await;
     }
+}
+
+/// Keeps the doubts of a table repaired: a task that ends by itself is started again.
+async fn keep_repairing(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let mut task = JoinSet::new();
+        let repairing = repair_doubts(Arc::clone(&shared), table.clone(), stop.clone());
+        task.spawn(repairing);
+        task.join_next().await;
+        if stop.is_cancelled() {
+            return;
+        }
+        tracing::error!(
+            table = table.name,
+            "the repair of doubts ended by itself; it starts over"
+        );
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// One writer for each replica.
+fn writers(config: &Config, feed: &Feed) -> BTreeMap<String, Arc<Writer>> {
+    let writer = |table: &Table| {
+        let budget = Arc::new(Budget::new(config.units_per_second(table)));
+        let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
+        Arc::new(Writer::new(
+            feed.target.tables.clone(),
+            table.name_in(&feed.target.label),
+            &table.name,
+            budget,
+            config.dead_letters.max_attempts,
+            key,
+        ))
+    };
+    config
+        .tables
+        .iter()
+        .map(|table| (table.name.clone(), writer(table)))
+        .collect()
 }
 
 /// The main loop: shows once a second that the worker lives and where it stands.

@@ -6,6 +6,7 @@ use metrics::{
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Class, Failure};
+use crate::lease::row::DoubtCause;
 use crate::stream::change::Event;
 
 /// What a metric is.
@@ -59,6 +60,9 @@ const THROTTLED: &str = "farshore_throttles_total";
 const RETRIED: &str = "farshore_retries_total";
 const LEASES: &str = "farshore_leases_held";
 const GAPS: &str = "farshore_gaps_open";
+const DOUBTED: &str = "farshore_doubts_total";
+const REPAIRED: &str = "farshore_doubts_repaired_total";
+const REPAIR_WRITES: &str = "farshore_repair_writes_total";
 const READY: &str = "farshore_ready";
 
 /// All metrics.
@@ -137,6 +141,24 @@ pub const METRICS: &[Metric] = &[
         "Gaps open: records that were never applied and are not repaired yet.",
     ),
     metric(
+        DOUBTED,
+        Kind::Counter,
+        "table, cause",
+        "Ranges put in doubt because writes may still take effect: `unanswered`, or `not-released` when a lease was taken from a dead owner.",
+    ),
+    metric(
+        REPAIRED,
+        Kind::Counter,
+        "table",
+        "Doubts settled: every key of their range was found or made as in the source.",
+    ),
+    metric(
+        REPAIR_WRITES,
+        Kind::Counter,
+        "table",
+        "Items that a repair had to put or delete because the replica differed.",
+    ),
+    metric(
         READY,
         Kind::Gauge,
         "",
@@ -184,7 +206,17 @@ pub fn begin(table: &str) {
     for event in [Event::Insert, Event::Modify, Event::Remove] {
         counter!(RECORDS, "table" => table.to_owned(), "event" => event.name()).absolute(0);
     }
-    for name in [COALESCED, WRITTEN, UNITS, THROTTLED] {
+    for cause in [DoubtCause::Unanswered, DoubtCause::NotReleased] {
+        counter!(DOUBTED, "table" => table.to_owned(), "cause" => cause.label()).absolute(0);
+    }
+    for name in [
+        COALESCED,
+        WRITTEN,
+        UNITS,
+        THROTTLED,
+        REPAIRED,
+        REPAIR_WRITES,
+    ] {
         counter!(name, "table" => table.to_owned()).absolute(0);
     }
     for class in [Class::Validation, Class::CollectionFull, Class::Undecodable] {
@@ -247,6 +279,17 @@ pub fn gaps_open(table: &str, reason: &'static str, gaps: usize) {
 pub fn position(table: &str, iterator_age: f64, headroom: f64) {
     gauge!(ITERATOR_AGE, "table" => table.to_owned()).set(iterator_age);
     gauge!(HEADROOM, "table" => table.to_owned()).set(headroom);
+}
+
+/// A range was put in doubt.
+pub fn doubted(table: &str, cause: DoubtCause) {
+    counter!(DOUBTED, "table" => table.to_owned(), "cause" => cause.label()).increment(1);
+}
+
+/// A doubt was settled with `writes` items put or deleted.
+pub fn repaired(table: &str, writes: usize) {
+    counter!(REPAIRED, "table" => table.to_owned()).increment(1);
+    counter!(REPAIR_WRITES, "table" => table.to_owned()).increment(writes as u64);
 }
 
 /// Whether the worker is ready.

@@ -11,13 +11,12 @@ use tokio_util::sync::CancellationToken;
 use super::context::{Shared, TableContext};
 use super::rows::Snapshot;
 use super::shard::{Ended, consume};
-use crate::apply::batch::Writer;
-use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::{Start, Table};
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::error::{Class, Fault, Operation};
+use crate::lease::doubts::on_take;
 use crate::lease::held::Lease;
 use crate::lease::row::{FORMAT_VERSION, GapReason, GapRow, ShardRow, StreamRow};
 use crate::observe::health::Scope;
@@ -41,15 +40,6 @@ struct Identity {
 /// Follows a table until `stop`: its current stream, and a new one when it is re-created. Returns
 /// whether all its shards were drained and released.
 pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationToken) -> bool {
-    let budget = Arc::new(Budget::new(shared.config.units_per_second(&table)));
-    let writer = Arc::new(Writer::new(
-        shared.target.tables.clone(),
-        table.name_in(&shared.target.label),
-        &table.name,
-        budget,
-        shared.config.dead_letters.max_attempts,
-        shared.keys.get(&table.name).cloned().unwrap_or_default(),
-    ));
     metrics::begin(&table.name);
     let mut streams: JoinSet<bool> = JoinSet::new();
     let mut current: Option<tokio::task::Id> = None;
@@ -62,13 +52,8 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
                 shared.health.succeeded(Scope::Source, &table.name, "table");
                 backoff.reset();
                 let accepted = until(&stop, accept(&shared, &table, &mut followed, identity));
-                if let Some(arn) = accepted.await.flatten() {
-                    let context = Arc::new(TableContext {
-                        shared: Arc::clone(&shared),
-                        table: table.clone(),
-                        stream_arn: arn,
-                        writer: Arc::clone(&writer),
-                    });
+                let arn = accepted.await.flatten();
+                if let Some(context) = arn.and_then(|arn| TableContext::of(&shared, &table, &arn)) {
                     shared.board.set_stream(&table.name, &context.stream_arn);
                     let table_id = followed.as_ref().and_then(|(_, id)| id.clone());
                     let task = streams.spawn(follow_stream(context, table_id, stop.clone()));
@@ -326,7 +311,7 @@ impl Stream {
         match ended {
             Ok((id, ended)) => {
                 let lease = self.running.remove(&id);
-                self.unclean |= ended == Ended::Lost;
+                self.unclean |= matches!(ended, Ended::Lost | Ended::Kept);
                 tracing::info!(table, lease, how = ?ended, "shard left");
             }
             Err(error) => {
@@ -556,6 +541,12 @@ impl Stream {
             "shard taken"
         );
         let key = row.lease_key.clone();
+        let inherited = on_take(
+            row,
+            shared.source.clock.now_ms(),
+            shared.target.clock.now_ms(),
+            shared.config.leases.late_effect,
+        );
         let row = row.clone();
         let stop = self.stop.clone();
         let task = self.tasks.spawn(async move {
@@ -573,6 +564,7 @@ impl Stream {
                 Arc::clone(&lease),
                 row,
                 position,
+                inherited,
                 stop,
             );
             let ended = tokio::select! {
