@@ -125,7 +125,7 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
     let clock = Arc::new(ServiceClock::default());
     let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12())
         .region(aws_config::Region::new(name.clone()))
-        .http_client(transmit::Client::shared())
+        .http_client(transmit::http_client())
         .retry_config(RetryConfig::disabled())
         .timeout_config(
             TimeoutConfig::builder()

@@ -7,7 +7,7 @@
 //!
 //! A lease may end between the decision to write and the moment the SDK hands the request to a
 //! connection: credentials are fetched, the process is stopped. So every client sends through
-//! [`Client`], which asks once more. After a pause of the process it makes all connections anew:
+//! [`http_client`], which asks once more. After a pause of the process it makes all connections anew:
 //! what an old one still holds must not reach the service.
 //!
 //! What a clock cannot fence remains: a request that left may take effect late. [`Left`] says
@@ -82,19 +82,17 @@ pub async fn within<T>(
     (answer, left)
 }
 
-/// An HTTP client whose connections do not outlive a pause of the process.
-pub(super) struct Client {
-    current: Mutex<(u64, SharedHttpClient)>,
+/// An HTTP client as the SDK's own default is made, whose requests are checked once more when they
+/// leave, and whose connections do not outlive a pause of the process.
+pub fn http_client() -> SharedHttpClient {
+    pause::begin_watching();
+    SharedHttpClient::new(Client {
+        current: Mutex::new((pause::count(), connections())),
+    })
 }
 
-impl Client {
-    /// A client, as the SDK's own default is made.
-    pub(super) fn shared() -> SharedHttpClient {
-        pause::begin_watching();
-        SharedHttpClient::new(Self {
-            current: Mutex::new((pause::count(), connections())),
-        })
-    }
+struct Client {
+    current: Mutex<(u64, SharedHttpClient)>,
 }
 
 impl fmt::Debug for Client {
