@@ -4,6 +4,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use aws_smithy_types::DateTime;
+use aws_smithy_types::date_time::Format;
+use futures::future::join_all;
+use rand::seq::SliceRandom;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
@@ -34,6 +38,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Longest wait before the doubts are looked at again.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Doubts of a table repaired at once.
+const REPAIRS_AT_ONCE: usize = 8;
 /// Keys that wait to be repaired at once; more are repaired in turns.
 const KEYS_MAX: usize = 1_000;
 
@@ -230,7 +236,7 @@ impl Claim {
     }
 }
 
-/// Repairs the doubts of a table, one at a time, until `stop`.
+/// Repairs the doubts of a table as they come due, until `stop`.
 pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
     let mut rows = shared.rows.clone();
     let patience = shared.config.leases.duration * 2;
@@ -247,23 +253,29 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
                 && epoch.is_none_or(|epoch| epoch == shared.epoch)
                 && may_claim(doubt, &snapshot.shards, &shared.owner, now_ms, patience)
         });
-        // Any of them, so that one that cannot be repaired holds no other back.
-        let chosen = due.get(rand::random_range(0..due.len().max(1)));
-        let pause = match chosen {
-            None => LOOK_EVERY,
-            Some(doubt) => match repair_doubt(&shared, &table, (*doubt).clone(), &stop).await {
-                Ok(()) => {
-                    shared.health.forget(&table.name, "repair");
-                    backoff.reset();
-                    shared.rescan.notify_one();
-                    Duration::ZERO
-                }
-                Err(unfinished) => {
-                    report(&shared, &table.name, &unfinished);
-                    backoff.pause()
-                }
-            },
+        // In any order, so that one that cannot be repaired holds no other back.
+        due.shuffle(&mut rand::rng());
+        due.truncate(REPAIRS_AT_ONCE);
+        let repairs = due
+            .into_iter()
+            .map(|doubt| repair_doubt(&shared, &table, doubt.clone(), &stop));
+        let done = join_all(repairs).await;
+        let mut pause = if done.is_empty() {
+            LOOK_EVERY
+        } else {
+            Duration::ZERO
         };
+        if done.iter().all(Result::is_ok) {
+            shared.health.forget(&table.name, "repair");
+            backoff.reset();
+        }
+        for unfinished in done.iter().filter_map(|done| done.as_ref().err()) {
+            report(&shared, &table.name, unfinished);
+            pause = backoff.pause();
+        }
+        if pause.is_zero() {
+            shared.rescan.notify_one();
+        }
         tokio::select! {
             () = stop.cancelled() => {}
             // After a repair the next snapshot no longer shows its row.
@@ -380,8 +392,7 @@ impl DoubtRepair<'_> {
             )));
         };
         // A position by name silently begins at what the stream still holds.
-        if !matches!(position, Position::After(_)) && is_too_old(&row, shared.source.clock.now_ms())
-        {
+        if !matches!(position, Position::After(_)) && is_too_old(&row) {
             return self.lost(GapReason::Trimmed).await;
         }
         let streams = shared.source.streams.clone();
@@ -528,10 +539,12 @@ impl DoubtRepair<'_> {
     }
 }
 
-/// Whether the stream may have forgotten the beginning of a doubt's range.
-fn is_too_old(row: &DoubtRow, now_ms: i64) -> bool {
-    row.to_time
-        .is_some_and(|to_time| now_ms - to_time > UNREAD_LIMIT_MS)
+/// Whether the stream may have forgotten the beginning of a doubt's range: its records were made
+/// before it was noticed.
+fn is_too_old(row: &DoubtRow) -> bool {
+    let noticed = DateTime::from_str(&row.at, Format::DateTime);
+    let noticed_ms = noticed.ok().and_then(|at| at.to_millis().ok());
+    noticed_ms.is_none_or(|at| host_ms() - at > UNREAD_LIMIT_MS)
 }
 
 /// The items that stay in the replica although TTL deleted them in the source.
