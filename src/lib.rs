@@ -15,14 +15,14 @@
 //! | --- | --- | --- |
 //! | list | [`stream::listing`] | paged, paced below the service's limit |
 //! | lineage | [`stream::lineage`] (pure) | a child never starts before its parents are finished |
-//! | in doubt | [`lease::doubts`] (pure), [`run::doubts`], [`repair`] | a write that may take effect late is repaired by key once it no longer can |
-| own | [`lease::rules`] (pure), [`lease::held`], [`lease::table`] | one owner a shard, by conditional writes; nothing is sent once a lease has run out |
+//! | own | [`lease::rules`] (pure), [`lease::held`], [`lease::table`] | one owner a shard, by conditional writes; nothing is sent once a lease has run out |
 //! | read | [`stream::reader`], [`run::source`] | from the checkpoint to the end of the shard, the last page's records included |
 //! | decode | [`stream::change`] | images are moved into the types that are written, never cloned |
 //! | coalesce | [`apply::coalesce`] (pure) | order per key, one write of a key at a time, and how far everything is durable |
 //! | apply | [`apply::batch`], [`apply::budget`] | batches of 25; a rejected one is bisected; within the write budget |
 //! | give up | [`dead_letter`], [`run::letter`] | a record the replica can never take is stored before the checkpoint passes it |
 //! | checkpoint | [`run::shard`] | follows the data, never the reading |
+//! | in doubt | [`lease::doubts`] (pure), [`run::doubts`], [`repair`] | a write that may take effect late is repaired by key once it no longer can |
 //!
 //! # The house
 //!
