@@ -13,6 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::context::TableContext;
 use super::letter::Letter;
 use super::source::{Read, read_shard};
+use super::tap::Gate;
+use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
 use crate::apply::coalesce::{Op, SlotId, Window};
 use crate::backoff::Backoff;
@@ -21,6 +23,7 @@ use crate::dynamo::item::ItemKey;
 use crate::error::{Class, Fault, Operation};
 use crate::lease::held::{Lease, Progress};
 use crate::lease::row::ShardRow;
+use crate::mutation::trouble;
 use crate::observe::board::{Board, Standing};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -76,6 +79,9 @@ struct Consumer<'a> {
     standing: Standing,
     /// The last position taken in; a record without one of its own stands there.
     last_sequence: Option<SequenceNumber>,
+    /// Whether writes may start.
+    gate: Gate,
+    vital: Vital,
 }
 
 /// Consumes the shard of `lease` until its end, until `stop` asks to drain, or until the lease is
@@ -117,6 +123,8 @@ pub async fn consume(
             applied_until_ms: row.watermark,
         },
         last_sequence: None,
+        gate: Gate::new(&context.shared, &context.table.name, &stop),
+        vital: Vital::new(&context, &lease.shard().0),
     };
     let ended = consumer.run(&mut reads).await;
     drop(consumer);
@@ -138,13 +146,14 @@ impl<'a> Consumer<'a> {
         let mut draining = false;
         let mut at_end = false;
         loop {
+            trouble("shard").await;
             if stop.is_cancelled() && !draining {
                 draining = true;
                 reads.close();
             }
             // Draining, nothing new is sent: what is not durable yet is read again by the next
             // owner, and a shard must not keep its lease for a slow replica's sake.
-            if !draining {
+            if self.gate.is_open() && !draining {
                 self.send();
             }
             let answered = self.writes.is_empty() && self.checkpointing.is_none();
@@ -167,6 +176,8 @@ impl<'a> Consumer<'a> {
                 _ = checkpoints.tick() => {
                     self.show();
                     self.checkpoint();
+                    let full = draining || at_end || self.window.bytes() >= read_ahead;
+                    self.live(full);
                 }
                 // 4. Answers make room and move the watermark.
                 Some(sent) = self.writes.next(), if !self.writes.is_empty() => self.on_sent(sent),
@@ -178,10 +189,13 @@ impl<'a> Consumer<'a> {
                 () = stop.cancelled(), if !draining => {}
                 // 7. A pause after a failure is over.
                 () = tokio::time::sleep_until(self.not_before.into()), if waits => {}
-                // 8. More records, as long as not too many wait.
+                // 8. The tap was opened or closed.
+                () = self.gate.moved() => {}
+                // 9. More records, as long as not too many wait.
                 read = reads.recv(), if !draining && !at_end && self.window.bytes() < read_ahead => {
                     match read {
                         Some(read) => {
+                            self.vital.read();
                             at_end = read.page.end;
                             self.admit(read);
                         }
@@ -193,6 +207,8 @@ impl<'a> Consumer<'a> {
                                 shard = self.shard,
                                 "the reader of a shard ended by itself; the shard starts over"
                             );
+                            let health = &self.context.shared.health;
+                            health.task_died("reader", &self.context.table.name);
                             draining = true;
                         }
                     }
@@ -250,6 +266,13 @@ impl<'a> Consumer<'a> {
         self.note_durable();
     }
 
+    /// Shows that the loop comes round. `full` says that nothing has to be read.
+    fn live(&mut self, full: bool) {
+        let rests = self.window.is_empty() || !self.gate.is_open();
+        let durable = self.window.durable().map(|durable| &durable.sequence);
+        self.vital.turned(durable, rests, full);
+    }
+
     /// Starts writes while there is something to send and room in flight.
     fn send(&mut self) {
         if Instant::now() < self.not_before {
@@ -261,9 +284,9 @@ impl<'a> Consumer<'a> {
             if ops.is_empty() {
                 break;
             }
-            let (context, lease, stop) = (self.context, self.lease, self.stop);
+            let (context, lease, flow) = (self.context, self.lease, self.gate.flow());
             self.writes.push(Box::pin(async move {
-                context.writer.write(lease, stop, ops).await
+                context.writer.write(lease, &flow, ops).await
             }));
         }
     }
@@ -444,6 +467,7 @@ impl<'a> Consumer<'a> {
         let table = &self.context.table.name;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
+            self.live(true);
             let result = match self.progress() {
                 // Whoever takes a released shard goes on at once. A write that may still arrive is
                 // given at least the lease.
@@ -476,6 +500,7 @@ impl<'a> Consumer<'a> {
         let shared = &context.shared;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
+            self.vital.ends();
             let row = self.lease.row().await;
             let step = async {
                 let children = context.children_of(&row).await?;
