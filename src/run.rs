@@ -8,11 +8,14 @@
 pub mod context;
 pub mod doubts;
 pub mod letter;
+pub mod lookout;
 pub mod rows;
 pub mod shard;
 pub mod source;
 pub mod start;
 pub mod table;
+pub mod tap;
+pub mod vital;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,6 +35,7 @@ use crate::config::{Config, Table};
 use crate::error::Exit;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
+use crate::observe::liveness::{Limits, PULSE_EVERY};
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use context::Shared;
@@ -42,6 +46,8 @@ use start::{Feed, Role};
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Dead letters on their way at once, over all tables.
 const LETTERS_AT_ONCE: usize = 8;
+/// Longest wait for an ended task to be gone.
+const ABORTED_WITHIN: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -158,6 +164,8 @@ async fn feed_until(
         owner = shared.owner,
         "feeding"
     );
+    shared.health.expect_life(Limits::of(&shared.config));
+    metrics::begin_worker();
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
@@ -226,17 +234,46 @@ async fn supervise(shared: Arc<Shared>, table: Table, stop: CancellationToken) -
             table.clone(),
             stop.clone(),
         ));
-        let ended = task.join_next().await;
+        let ended = tokio::select! {
+            ended = task.join_next() => ended,
+            why = stuck(&shared.health, &table.name, &stop) => {
+                tracing::error!(
+                    table = table.name,
+                    why,
+                    "the tasks of a table are ended and start over; its leases expire and are taken again"
+                );
+                task.abort_all();
+                // A task that never waits cannot be ended; its leases are fenced all the same.
+                let _ = tokio::time::timeout(ABORTED_WITHIN, task.join_next()).await;
+                None
+            }
+        };
         if stop.is_cancelled() {
             return matches!(ended, Some(Ok(true)));
         }
-        let panicked = matches!(ended, Some(Err(_)));
-        tracing::error!(
-            table = table.name,
-            panicked,
-            "the task of a table ended by itself; it starts over"
-        );
+        if let Some(ended) = ended {
+            tracing::error!(
+                table = table.name,
+                panicked = ended.is_err(),
+                "the task of a table ended by itself; it starts over"
+            );
+        }
+        shared.health.restarted(&table.name);
+        shared.health.task_died("table", &table.name);
         tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// Returns why the tasks of `table` must be started again, once they must; never while draining.
+async fn stuck(health: &Health, table: &str, stop: &CancellationToken) -> &'static str {
+    loop {
+        tokio::time::sleep(PULSE_EVERY).await;
+        if stop.is_cancelled() {
+            std::future::pending::<()>().await;
+        }
+        if let Some(why) = health.stuck(table) {
+            return why;
+        }
     }
 }
 
@@ -254,8 +291,14 @@ async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapsho
             Arc::clone(&shared.rescan),
             Arc::clone(&shared.health),
         ));
-        task.join_next().await;
-        tracing::error!("the reader of the state table ended by itself; it starts over");
+        let never = CancellationToken::new();
+        tokio::select! {
+            _ = task.join_next() => {}
+            _ = stuck(&shared.health, "", &never) => {}
+        }
+        tracing::error!("the reader of the state table ended or hangs; it starts over");
+        shared.health.restarted("");
+        shared.health.task_died("rows", "");
         tokio::time::sleep(backoff.pause()).await;
     }
 }
@@ -316,14 +359,7 @@ async fn beat(
         health.beat();
         metrics::ready(health.reasons().is_empty());
         if let Some(shared) = shared {
-            let rows = shared.rows.borrow().clone();
-            let open = rows
-                .shards
-                .iter()
-                .filter(|row| row.epoch == shared.epoch && !row.is_finished())
-                .filter(|row| shared.board.is_current_stream(&row.table, &row.stream_arn))
-                .map(|row| (row.table.as_str(), row.shard_id.as_str(), row.proven_ms()));
-            shared.board.publish(open, shared.source.clock.now_ms());
+            lookout::look(shared);
         }
         if let Some(metrics) = metrics {
             metrics.run_upkeep();

@@ -63,6 +63,9 @@ const GAPS: &str = "farshore_gaps_open";
 const DOUBTED: &str = "farshore_doubts_total";
 const REPAIRED: &str = "farshore_doubts_repaired_total";
 const REPAIR_WRITES: &str = "farshore_repair_writes_total";
+const PAUSED: &str = "farshore_paused";
+const DOUBTS: &str = "farshore_doubts_open";
+const RESTARTED: &str = "farshore_task_restarts_total";
 const READY: &str = "farshore_ready";
 
 /// All metrics.
@@ -83,7 +86,7 @@ pub const METRICS: &[Metric] = &[
         HEADROOM,
         Kind::Gauge,
         "table",
-        "Seconds until the stream forgets (after 24 h) the oldest position not known to be applied, over all shards. Falls while the source or the replica cannot be reached.",
+        "Seconds until the stream forgets (after 24 h) the oldest position not known to be applied, over all shards. Falls while the source or the replica cannot be reached, and while the tap is closed.",
     ),
     metric(
         RECORDS,
@@ -159,6 +162,24 @@ pub const METRICS: &[Metric] = &[
         "Items that a repair had to put or delete because the replica differed.",
     ),
     metric(
+        DOUBTS,
+        Kind::Gauge,
+        "table",
+        "Ranges of records whose writes may still take effect late; each is repaired once that is over.",
+    ),
+    metric(
+        PAUSED,
+        Kind::Gauge,
+        "table",
+        "1 while a person has closed the tap of the table, else 0.",
+    ),
+    metric(
+        RESTARTED,
+        Kind::Counter,
+        "task",
+        "Tasks of the worker that died or stood still, and were started again: `shard`, `reader`, `stream`, `table`, `rows`.",
+    ),
+    metric(
         READY,
         Kind::Gauge,
         "",
@@ -222,6 +243,28 @@ pub fn begin(table: &str) {
     for class in [Class::Validation, Class::CollectionFull, Class::Undecodable] {
         counter!(DEAD_LETTERED, "table" => table.to_owned(), "class" => class.label()).absolute(0);
     }
+}
+
+/// Makes the worker's counters exist before their first event.
+pub fn begin_worker() {
+    for task in ["shard", "reader", "stream", "table", "rows"] {
+        counter!(RESTARTED, "task" => task).absolute(0);
+    }
+}
+
+/// A task of this kind died or stood still, and is started again.
+pub fn task_restarted(task: &'static str) {
+    counter!(RESTARTED, "task" => task).increment(1);
+}
+
+/// Whether a person has closed the tap of `table`.
+pub fn paused(table: &str, paused: bool) {
+    gauge!(PAUSED, "table" => table.to_owned()).set(f64::from(u8::from(paused)));
+}
+
+/// Doubts of `table`.
+pub fn doubts_open(table: &str, doubts: usize) {
+    gauge!(DOUBTS, "table" => table.to_owned()).set(doubts as f64);
 }
 
 /// A record is finished.

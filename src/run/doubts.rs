@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
 use super::letter::Letter;
+use super::tap::Gate;
 use crate::backoff::Backoff;
 use crate::config::{Table, TtlDeletes};
 use crate::dynamo::clock::{host_ms, rfc3339, uptime};
@@ -239,6 +240,7 @@ impl Claim {
 /// Repairs the doubts of a table as they come due, until `stop`.
 pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
     let mut rows = shared.rows.clone();
+    let mut gate = Gate::new(&shared, &table.name, &stop);
     let patience = shared.config.leases.duration * 2;
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     while !stop.is_cancelled() {
@@ -256,10 +258,18 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
         // In any order, so that one that cannot be repaired holds no other back.
         due.shuffle(&mut rand::rng());
         due.truncate(REPAIRS_AT_ONCE);
+        if !gate.is_open() {
+            due.clear();
+        }
+        let flow = gate.flow();
         let repairs = due
             .into_iter()
-            .map(|doubt| repair_doubt(&shared, &table, doubt.clone(), &stop));
-        let done = join_all(repairs).await;
+            .map(|doubt| repair_doubt(&shared, &table, doubt.clone(), &flow));
+        let done = tokio::select! {
+            done = join_all(repairs) => done,
+            // Cancels the flow when the tap closes; the repairs then end by themselves.
+            () = watch_gate(&mut gate) => return,
+        };
         let mut pause = if done.is_empty() {
             LOOK_EVERY
         } else {
@@ -282,6 +292,14 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
             changed = rows.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(pause), if !pause.is_zero() => {}
         }
+    }
+}
+
+/// Looks at the tap whenever it may have moved, for ever.
+async fn watch_gate(gate: &mut Gate) {
+    loop {
+        gate.is_open();
+        gate.moved().await;
     }
 }
 

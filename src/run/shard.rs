@@ -14,6 +14,8 @@ use super::context::TableContext;
 use super::doubts::{ShardDoubts, store_inherited};
 use super::letter::Letter;
 use super::source::{Read, read_shard};
+use super::tap::Gate;
+use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
 use crate::apply::coalesce::{Op, SlotId, Window};
 use crate::backoff::Backoff;
@@ -24,6 +26,7 @@ use crate::error::{Class, Fault, Operation};
 use crate::lease::doubts::Range;
 use crate::lease::held::{Lease, Progress};
 use crate::lease::row::{DoubtRow, ShardRow};
+use crate::mutation::trouble;
 use crate::observe::board::{Board, Standing};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -90,6 +93,9 @@ struct Consumer<'a> {
     standing: Standing,
     /// The last position taken in; a record without one of its own stands there.
     last_sequence: Option<SequenceNumber>,
+    /// Whether writes may start.
+    gate: Gate,
+    vital: Vital,
 }
 
 /// Consumes the shard of `lease` until its end, until `stop` asks to drain, or until the lease is
@@ -142,6 +148,8 @@ pub async fn consume(
             applied_until_ms: row.watermark,
         },
         last_sequence: None,
+        gate: Gate::new(&context.shared, &context.table.name, &stop),
+        vital: Vital::new(&context, &lease.shard().0),
     };
     let ended = consumer.run(&mut reads).await;
     drop(consumer);
@@ -163,13 +171,14 @@ impl<'a> Consumer<'a> {
         let mut draining = false;
         let mut at_end = false;
         loop {
+            trouble("shard").await;
             if stop.is_cancelled() && !draining {
                 draining = true;
                 reads.close();
             }
             // Draining, nothing new is sent: what is not durable yet is read again by the next
             // owner, and a shard must not keep its lease for a slow replica's sake.
-            if !draining {
+            if self.gate.is_open() && !draining {
                 self.send();
             }
             let answered = self.writes.is_empty() && self.checkpointing.is_none();
@@ -192,6 +201,8 @@ impl<'a> Consumer<'a> {
                 _ = checkpoints.tick() => {
                     self.show();
                     self.checkpoint();
+                    let full = draining || at_end || self.window.bytes() >= read_ahead;
+                    self.live(full);
                 }
                 // 4. Answers make room and move the watermark.
                 Some(sent) = self.writes.next(), if !self.writes.is_empty() => self.on_sent(sent),
@@ -203,10 +214,13 @@ impl<'a> Consumer<'a> {
                 () = stop.cancelled(), if !draining => {}
                 // 7. A pause after a failure is over.
                 () = tokio::time::sleep_until(self.not_before.into()), if waits => {}
-                // 8. More records, as long as not too many wait.
+                // 8. The tap was opened or closed.
+                () = self.gate.moved() => {}
+                // 9. More records, as long as not too many wait.
                 read = reads.recv(), if !draining && !at_end && self.window.bytes() < read_ahead => {
                     match read {
                         Some(read) => {
+                            self.vital.read();
                             at_end = read.page.end;
                             self.admit(read);
                         }
@@ -218,6 +232,8 @@ impl<'a> Consumer<'a> {
                                 shard = self.shard,
                                 "the reader of a shard ended by itself; the shard starts over"
                             );
+                            let health = &self.context.shared.health;
+                            health.task_died("reader", &self.context.table.name);
                             draining = true;
                         }
                     }
@@ -275,6 +291,13 @@ impl<'a> Consumer<'a> {
         self.note_durable();
     }
 
+    /// Shows that the loop comes round. `full` says that nothing has to be read.
+    fn live(&mut self, full: bool) {
+        let rests = self.window.is_empty() || !self.gate.is_open();
+        let durable = self.window.durable().map(|durable| &durable.sequence);
+        self.vital.turned(durable, rests, full);
+    }
+
     /// Starts writes while there is something to send and room in flight.
     fn send(&mut self) {
         if Instant::now() < self.not_before {
@@ -286,10 +309,10 @@ impl<'a> Consumer<'a> {
             if ops.is_empty() {
                 break;
             }
-            let (context, stop) = (self.context, self.stop);
+            let (context, flow) = (self.context, self.gate.flow());
             let bound: Arc<dyn Bound> = Arc::clone(self.lease) as _;
             self.writes.push(Box::pin(async move {
-                context.writer.write(&bound, stop, ops).await
+                context.writer.write(&bound, &flow, ops).await
             }));
         }
     }
@@ -493,6 +516,7 @@ impl<'a> Consumer<'a> {
         let table = &self.context.table.name;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
+            self.live(true);
             let result = match self.store_progress().await {
                 Ok(()) => self.lease.release().await,
                 Err(fault) => Err(fault),
@@ -532,6 +556,7 @@ impl<'a> Consumer<'a> {
         let shared = &context.shared;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
+            self.vital.ends();
             let lease = self.lease;
             let row = lease.row().await;
             let step = async {
