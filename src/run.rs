@@ -2,11 +2,14 @@
 //!
 //! ```text
 //!   start: find the role ─▶ listen ─▶ read the state table ─▶ follow each table ─▶ its shards
-//!   stop:  shards drain, checkpoint, release ─▶ tables ─▶ state table ─▶ metrics and health
+//!   stop:  the others are told ─▶ shards drain, checkpoint, release ─▶ tables ─▶ its row ─▶ state table
+//!          ─▶ metrics and health
 //! ```
 
 pub mod context;
+pub mod fleet;
 pub mod letter;
+pub mod member;
 pub mod rows;
 pub mod shard;
 pub mod source;
@@ -31,6 +34,8 @@ use crate::observe::health::Health;
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use context::Shared;
+use fleet::Fleet;
+use member::Member;
 use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
 
@@ -128,9 +133,12 @@ async fn feed_until(
 ) -> Exit {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
+    let owner = owner();
     let shared = Arc::new(Shared {
         epoch: feed.epoch,
-        owner: owner(),
+        fleet: Arc::new(Fleet::new(&owner, feed.epoch, config.leases.duration)),
+        member: Member::new(feed.state.clone(), &owner, feed.epoch),
+        owner,
         lister: Lister::new(feed.source.streams.clone()),
         source: feed.source,
         target: feed.target,
@@ -155,19 +163,31 @@ async fn feed_until(
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
+    keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     let beating = CancellationToken::new();
+    // Cancelled a moment after `stop`: the others know by then that this worker's share is theirs.
+    let draining = CancellationToken::new();
     let mut tables = JoinSet::new();
     for table in &shared.config.tables {
         shared.health.set_starting(&table.name);
-        tables.spawn(supervise(Arc::clone(&shared), table.clone(), stop.clone()));
+        tables.spawn(supervise(
+            Arc::clone(&shared),
+            table.clone(),
+            draining.clone(),
+        ));
     }
     let drain = async {
         stop.cancelled().await;
         tracing::info!(grace_seconds = grace.as_secs_f64(), "draining");
         tokio::time::timeout(grace, async {
+            member::leave(&shared).await;
+            draining.cancel();
             let mut clean = true;
             while let Some(ended) = tables.join_next().await {
                 clean &= ended.unwrap_or(false);
+            }
+            if clean {
+                member::depart(&shared).await;
             }
             clean
         })
@@ -238,6 +258,7 @@ async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapsho
         let mut task = JoinSet::new();
         task.spawn(watch_rows(
             shared.state.clone(),
+            shared.owner.clone(),
             shared.config.leases.duration,
             Arc::clone(&snapshots),
             Arc::clone(&shared.rescan),

@@ -1,11 +1,12 @@
 //! Who owns which shard, and how far each is applied.
 //!
-//! [`row`] is what is stored, [`rules`] are the pure rules of ownership, [`table`] reads and
-//! writes the state table, [`held`] is a lease this process owns, [`control`] says which region
-//! is active.
+//! [`row`] is what is stored, [`rules`] are the pure rules of ownership, [`share`] those of sharing
+//! among workers, [`table`] reads and writes the state table, [`held`] is a lease this process owns,
+//! [`control`] says which region is active.
 
 pub mod control;
 pub mod held;
 pub mod row;
 pub mod rules;
+pub mod share;
 pub mod table;
