@@ -415,7 +415,7 @@ fn every_order_of_worker_repair_source_crash_and_late_effect_ends_equal() {
                 (&[0b0000, 0b1010], [2, 0, 1]),
             ])
         }
-        None => (&[(&[0b0100], [1, 1, 0]), (&[0b1010], [1, 0, 1])]),
+        None => &[(&[0b0100], [1, 1, 0]), (&[0b1010], [1, 0, 1])],
     };
     let mut states = 0;
     for (deletes, trouble) in cases {

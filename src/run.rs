@@ -2,13 +2,16 @@
 //!
 //! ```text
 //!   start: find the role ─▶ listen ─▶ read the state table ─▶ follow each table ─▶ its shards
-//!   stop:  shards drain, checkpoint, release ─▶ tables ─▶ state table ─▶ metrics and health
+//!   stop:  the others are told ─▶ shards drain, checkpoint, release ─▶ tables ─▶ its row ─▶ state table
+//!          ─▶ metrics and health
 //! ```
 
 pub mod context;
 pub mod doubts;
+pub mod fleet;
 pub mod letter;
 pub mod lookout;
+pub mod member;
 pub mod rows;
 pub mod shard;
 pub mod source;
@@ -40,6 +43,8 @@ use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use context::Shared;
 use doubts::repair_doubts;
+use fleet::Fleet;
+use member::Member;
 use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
 
@@ -140,10 +145,13 @@ async fn feed_until(
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
     let writers = writers(&config, &feed);
+    let owner = owner();
     let shared = Arc::new(Shared {
         writers,
         epoch: feed.epoch,
-        owner: owner(),
+        fleet: Arc::new(Fleet::new(&owner, feed.epoch, config.leases.duration)),
+        member: Member::new(feed.state.clone(), &owner, feed.epoch),
+        owner,
         lister: Lister::new(feed.source.streams.clone()),
         source: feed.source,
         target: feed.target,
@@ -169,6 +177,7 @@ async fn feed_until(
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
+    keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     let mut repairs = JoinSet::new();
     for table in &shared.config.tables {
         repairs.spawn(keep_repairing(
@@ -178,20 +187,31 @@ async fn feed_until(
         ));
     }
     let beating = CancellationToken::new();
+    // Cancelled a moment after `stop`: the others know by then that this worker's share is theirs.
+    let draining = CancellationToken::new();
     let mut tables = JoinSet::new();
     for table in &shared.config.tables {
         shared.health.set_starting(&table.name);
-        tables.spawn(supervise(Arc::clone(&shared), table.clone(), stop.clone()));
+        tables.spawn(supervise(
+            Arc::clone(&shared),
+            table.clone(),
+            draining.clone(),
+        ));
     }
     let drain = async {
         stop.cancelled().await;
         tracing::info!(grace_seconds = grace.as_secs_f64(), "draining");
         tokio::time::timeout(grace, async {
+            member::leave(&shared).await;
+            draining.cancel();
             let mut clean = true;
             while let Some(ended) = tables.join_next().await {
                 clean &= ended.unwrap_or(false);
             }
             while repairs.join_next().await.is_some() {}
+            if clean {
+                member::depart(&shared).await;
+            }
             clean
         })
         .await
@@ -286,6 +306,7 @@ async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapsho
         let mut task = JoinSet::new();
         task.spawn(watch_rows(
             shared.state.clone(),
+            shared.owner.clone(),
             shared.config.leases.duration,
             Arc::clone(&snapshots),
             Arc::clone(&shared.rescan),

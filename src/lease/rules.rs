@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::row::ShardRow;
+use super::row::{Counted, ShardRow};
 use crate::mutation::{self, Mutation};
 
 /// When each row's counter was last seen to move, by the observer's own monotonic clock. Clocks
@@ -23,28 +23,36 @@ pub struct Observer {
 
 impl Observer {
     /// Takes note of a complete set of rows as read at `now`, and forgets rows no longer there.
-    pub fn observe<'a>(&mut self, rows: impl Iterator<Item = &'a ShardRow>, now: Instant) {
+    pub fn observe<'a, R: Counted + 'a>(
+        &mut self,
+        rows: impl Iterator<Item = &'a R>,
+        now: Instant,
+    ) {
         let mut next = HashMap::with_capacity(self.seen.len());
         for row in rows {
-            let since = match self.seen.get(&row.lease_key) {
-                Some((counter, since)) if *counter == row.lease_counter => *since,
+            let since = match self.seen.get(row.key()) {
+                Some((counter, since)) if *counter == row.counter() => *since,
                 _ => now,
             };
-            next.insert(row.lease_key.clone(), (row.lease_counter, since));
+            next.insert(row.key().to_owned(), (row.counter(), since));
         }
         self.seen = next;
     }
 
+    /// Since when the counter of `row` has stood still; `None` if it was not observed as it is.
+    pub fn still_since(&self, row: &impl Counted) -> Option<Instant> {
+        self.seen
+            .get(row.key())
+            .filter(|(counter, _)| *counter == row.counter())
+            .map(|(_, since)| *since)
+    }
+
     /// Whether `row` may be taken: nobody owns it, or its counter has stood still for `duration`.
     pub fn is_takeable(&self, row: &ShardRow, duration: Duration, now: Instant) -> bool {
-        if row.lease_owner.is_none() {
-            return true;
-        }
-        self.seen
-            .get(&row.lease_key)
-            .is_some_and(|(counter, since)| {
-                *counter == row.lease_counter && now.saturating_duration_since(*since) >= duration
-            })
+        row.lease_owner.is_none()
+            || self
+                .still_since(row)
+                .is_some_and(|since| now.saturating_duration_since(since) >= duration)
     }
 }
 

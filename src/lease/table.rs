@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use super::row::{
     ControlRow, Counted, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, PauseRow, Row, ShardRow,
-    StreamRow,
+    StreamRow, WorkerRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -90,6 +90,18 @@ impl StateTable {
         match self.get(key).await? {
             Some(Row::Stream(row)) => Ok(Some(row)),
             Some(_) => Err(unreadable("a stream's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    /// A worker's row, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn worker(&self, key: &str) -> Result<Option<WorkerRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Worker(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("a worker's key holds another kind of row")),
             None => Ok(None),
         }
     }

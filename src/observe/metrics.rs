@@ -59,6 +59,8 @@ const DEAD_LETTERED: &str = "farshore_dead_letters_total";
 const THROTTLED: &str = "farshore_throttles_total";
 const RETRIED: &str = "farshore_retries_total";
 const LEASES: &str = "farshore_leases_held";
+const HANDED_OVER: &str = "farshore_handovers_total";
+const WORKERS: &str = "farshore_workers_live";
 const GAPS: &str = "farshore_gaps_open";
 const DOUBTED: &str = "farshore_doubts_total";
 const REPAIRED: &str = "farshore_doubts_repaired_total";
@@ -137,6 +139,18 @@ pub const METRICS: &[Metric] = &[
         "Calls tried again, by the class of the failure.",
     ),
     metric(LEASES, Kind::Gauge, "table", "Shards this process owns."),
+    metric(
+        HANDED_OVER,
+        Kind::Counter,
+        "",
+        "Shards this process drained and released because another worker asked for its share. Stands still while no worker joins or leaves.",
+    ),
+    metric(
+        WORKERS,
+        Kind::Gauge,
+        "",
+        "Workers that share the shards of this region, this one included, as it sees them.",
+    ),
     metric(
         GAPS,
         Kind::Gauge,
@@ -311,6 +325,16 @@ pub fn throttled(table: &str) {
 /// Shards of `table` that this process owns.
 pub fn leases_held(table: &str, leases: usize) {
     gauge!(LEASES, "table" => table.to_owned()).set(leases as f64);
+}
+
+/// A shard is handed over.
+pub fn handed_over() {
+    counter!(HANDED_OVER).increment(1);
+}
+
+/// Workers that live and stay, this one included.
+pub fn workers_live(workers: usize) {
+    gauge!(WORKERS).set(workers as f64);
 }
 
 /// Gaps of `table` for `reason`.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, watch};
 
+use super::fleet::Fleet;
+use super::member::Member;
 use super::rows::Snapshot;
 use crate::apply::batch::Writer;
 use crate::backoff::Backoff;
@@ -61,6 +63,10 @@ pub struct Shared {
     pub board: Arc<Board>,
     /// Snapshots of the state table.
     pub rows: watch::Receiver<Arc<Snapshot>>,
+    /// This worker's part in the fleet.
+    pub fleet: Arc<Fleet>,
+    /// The row that says that it lives.
+    pub member: Member,
     /// Asks for a new snapshot.
     pub rescan: Arc<Notify>,
 }

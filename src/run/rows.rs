@@ -35,53 +35,126 @@ pub struct Snapshot {
     pub begun: Option<Instant>,
     /// The same moment by [`uptime`], which runs on while the machine is suspended.
     pub begun_uptime: Option<Duration>,
+    /// Process starts whose counter moved within the last lease duration.
+    pub living: HashSet<String>,
+    /// Process starts that have been silent for so long that their rows may go.
+    pub long_dead: HashSet<String>,
     /// Keys of the leases that may be taken.
     pub takeable: HashSet<String>,
     /// Whether it has been read at all.
     pub read: bool,
 }
 
+/// The longest pause between two readings, of a state table of a usual size.
+const PAUSE_MAX: Duration = Duration::from_millis(1_500);
+/// A state table with more rows is read less often.
+const USUAL_ROWS: usize = 1_000;
+/// After how many lease durations a silent worker's row may go. Much more than a lease: somebody may
+/// want to see who died.
+const LONG_DEAD_LEASES: u32 = 10;
+
+/// What this process has seen of the counters in the state table.
+#[derive(Default)]
+struct Observers {
+    shards: Observer,
+    workers: Observer,
+}
+
 /// Reads the state table again and again, and at once when `rescan` asks.
 pub async fn watch_rows(
     state: StateTable,
+    me: String,
     duration: Duration,
     snapshots: Arc<watch::Sender<Arc<Snapshot>>>,
     rescan: Arc<Notify>,
     health: Arc<Health>,
 ) {
-    let mut observer = Observer::default();
+    let mut observers = Observers::default();
     let pulse = Pulse::start(&health, "", "rows");
     loop {
         pulse.beat();
         trouble("rows").await;
         let (begun, begun_uptime) = (Instant::now(), uptime());
-        // A third of a lease: an expired one is seen within 4/3 of its duration. After a failure
-        // sooner: taps close once the last reading is a lease old.
-        let mut pause = duration / 3;
+        let next;
         match state.rows().await {
             Ok(rows) => {
                 health.succeeded(Scope::State, "", "rows");
-                let mut snapshot = digest(rows, &mut observer, duration, &health);
+                let rows_read = rows.len();
+                let mut snapshot = digest(rows, &mut observers, duration, &health);
                 snapshot.begun = Some(begun);
                 snapshot.begun_uptime = Some(begun_uptime);
                 health.rows_read(begun);
+                let now = Instant::now();
+                let usual = now + pause(rows_read, duration, is_expecting(&snapshot, &me));
+                let expiry = next_expiry(&snapshot, &observers, duration, now);
+                next = expiry.map_or(usual, |expiry| usual.min(expiry));
                 snapshots.send_replace(Arc::new(snapshot));
             }
             Err(fault) => {
                 health.failed(Scope::State, "", "rows", &fault);
-                pause = duration / 10;
+                // Sooner: taps close once the last reading is a lease old.
+                next = Instant::now() + duration / 10;
             }
         }
         tokio::select! {
             () = rescan.notified() => {}
-            () = tokio::time::sleep(pause) => {}
+            () = tokio::time::sleep_until(next.into()) => {}
         }
     }
 }
 
+/// How long to wait between two readings. A lease that was released is found within it, so it is
+/// short; each reading costs one read unit per 4 KB, some 8 rows. The 100 rows of a small group cost
+/// about 8 units a second and worker, 1,000 rows some 80. Beyond that a quarter of a lease has to do:
+/// a released lease then waits up to 2.5 s with the default duration, and an expired one waits no
+/// longer, because the reader wakes for it.
+///
+/// `expecting`: leases are about to be released, so a third of that.
+fn pause(rows: usize, duration: Duration, expecting: bool) -> Duration {
+    let quarter = duration / 4;
+    let usual = match rows > USUAL_ROWS {
+        true => quarter,
+        false => quarter.min(PAUSE_MAX),
+    };
+    if expecting { usual / 3 } else { usual }
+}
+
+/// Whether leases are about to be released: a worker leaves, or was asked for some by this one.
+fn is_expecting(snapshot: &Snapshot, me: &str) -> bool {
+    snapshot
+        .workers
+        .iter()
+        .filter(|row| snapshot.living.contains(&row.worker))
+        .any(|row| row.leaving || (row.worker == me && !row.wants.is_empty()))
+}
+
+/// When the next lease or worker is over, if its counter stands still until then. Leases that are
+/// renewed never come so far: their counters move within a third of their duration.
+fn next_expiry(
+    snapshot: &Snapshot,
+    observers: &Observers,
+    duration: Duration,
+    now: Instant,
+) -> Option<Instant> {
+    let leases = snapshot
+        .shards
+        .iter()
+        .filter(|row| row.lease_owner.is_some() && !row.is_finished())
+        .filter_map(|row| observers.shards.still_since(row));
+    let workers = snapshot
+        .workers
+        .iter()
+        .filter_map(|row| observers.workers.still_since(row));
+    leases
+        .chain(workers)
+        .map(|since| since + duration)
+        .filter(|expiry| *expiry > now)
+        .min()
+}
+
 fn digest(
     rows: Vec<Row>,
-    observer: &mut Observer,
+    observers: &mut Observers,
     duration: Duration,
     health: &Health,
 ) -> Snapshot {
@@ -107,12 +180,110 @@ fn digest(
             .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str())),
     );
     let now = Instant::now();
-    observer.observe(snapshot.shards.iter(), now);
+    observers.shards.observe(snapshot.shards.iter(), now);
+    observers.workers.observe(snapshot.workers.iter(), now);
+    for row in &snapshot.workers {
+        let since = observers.workers.still_since(row);
+        let silent = since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        if silent < duration {
+            snapshot.living.insert(row.worker.clone());
+        } else if silent >= duration * LONG_DEAD_LEASES {
+            snapshot.long_dead.insert(row.worker.clone());
+        }
+    }
     snapshot.takeable = snapshot
         .shards
         .iter()
-        .filter(|row| !row.is_finished() && observer.is_takeable(row, duration, now))
+        .filter(|row| !row.is_finished() && observers.shards.is_takeable(row, duration, now))
         .map(|row| row.lease_key.clone())
         .collect();
     snapshot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::ShardId;
+    use crate::stream::reader::Position;
+
+    const LEASE: Duration = Duration::from_secs(10);
+
+    fn shard(owner: Option<&str>, counter: u64) -> ShardRow {
+        let id = ShardId("s".into());
+        let start = Position::TrimHorizon;
+        let mut row = ShardRow::new(1, "t", "arn/stream/l", &id, None, &start, 0);
+        row.lease_owner = owner.map(str::to_owned);
+        row.lease_counter = counter;
+        row
+    }
+
+    fn worker(counter: u64) -> WorkerRow {
+        let mut row = WorkerRow::new("w", 1, String::new());
+        row.lease_counter = counter;
+        row
+    }
+
+    #[test]
+    fn a_released_lease_is_found_within_two_seconds_unless_the_table_is_large() {
+        assert_eq!(pause(100, LEASE, false), PAUSE_MAX);
+        assert_eq!(
+            pause(100, Duration::from_secs(1), false),
+            Duration::from_millis(250)
+        );
+        assert_eq!(pause(1_001, LEASE, false), LEASE / 4);
+        assert_eq!(pause(100, LEASE, true), PAUSE_MAX / 3);
+    }
+
+    #[test]
+    fn the_reader_wakes_when_the_next_lease_or_worker_is_over_and_only_then() {
+        let start = Instant::now();
+        let later = |seconds| start + Duration::from_secs(seconds);
+        let mut observers = Observers::default();
+        let mut snapshot = Snapshot {
+            shards: vec![shard(Some("w.1"), 1)],
+            workers: vec![worker(1)],
+            ..Snapshot::default()
+        };
+        let mut look = |snapshot: &Snapshot, at: u64| {
+            observers.shards.observe(snapshot.shards.iter(), later(at));
+            observers
+                .workers
+                .observe(snapshot.workers.iter(), later(at));
+            next_expiry(snapshot, &observers, LEASE, later(at))
+        };
+        assert_eq!(look(&snapshot, 0), Some(later(10)));
+        snapshot.workers = vec![worker(2)];
+        assert_eq!(
+            look(&snapshot, 3),
+            Some(later(10)),
+            "the lease stands still"
+        );
+        snapshot.shards = vec![shard(None, 2)];
+        assert_eq!(
+            look(&snapshot, 4),
+            Some(later(13)),
+            "released: only the worker is left"
+        );
+        assert_eq!(
+            look(&snapshot, 13),
+            None,
+            "what is over does not wake again"
+        );
+    }
+
+    #[test]
+    fn a_worker_is_alive_for_a_lease_after_its_counter_moved() {
+        let health = Health::default();
+        let mut observers = Observers::default();
+        let rows = || vec![Row::Worker(worker(1))];
+        let tiny = Duration::from_millis(20);
+        let first = digest(rows(), &mut observers, LEASE, &health);
+        assert!(first.living.contains("w"), "seen for the first time");
+        std::thread::sleep(tiny);
+        let dead = digest(rows(), &mut observers, tiny, &health);
+        assert!(dead.living.is_empty() && dead.long_dead.is_empty());
+        std::thread::sleep(9 * tiny);
+        let long_dead = digest(rows(), &mut observers, tiny, &health);
+        assert!(long_dead.long_dead.contains("w"));
+    }
 }

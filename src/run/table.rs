@@ -221,6 +221,8 @@ struct Stream {
     /// What health knows the listing by: an old stream's trouble is not a new one's.
     part: String,
     pulse: Arc<Pulse>,
+    /// What the fleet knows it by.
+    key: String,
     stop: CancellationToken,
 }
 
@@ -248,6 +250,11 @@ async fn follow_stream(
             &part,
         )),
         part,
+        key: StreamRow::key(
+            context.shared.epoch,
+            &context.table.name,
+            &context.stream_arn,
+        ),
         next_listing: Instant::now(),
         backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
         tasks: JoinSet::new(),
@@ -352,7 +359,7 @@ impl Stream {
     }
 
     /// Lists if due, creates the rows that are missing, takes what may be read.
-    async fn step(&mut self, snapshot: &Snapshot) -> Result<(), Fault> {
+    async fn step(&mut self, snapshot: &Arc<Snapshot>) -> Result<(), Fault> {
         let context = Arc::clone(&self.context);
         let shared = &context.shared;
         let rows: BTreeMap<ShardId, &ShardRow> = snapshot
@@ -399,18 +406,7 @@ impl Stream {
         if created || !stream.initialised {
             shared.rescan.notify_one();
         }
-        for id in &plan.startable {
-            self.pulse.beat();
-            if self.stop.is_cancelled() {
-                break;
-            }
-            if let Some(row) = rows.get(id)
-                && snapshot.takeable.contains(&row.lease_key)
-                && !self.running.values().any(|key| *key == row.lease_key)
-            {
-                self.start_shard(row).await?;
-            }
-        }
+        self.take_share(snapshot, &rows, &plan.startable).await?;
         // Last, so that trouble about one parent holds no other shard back.
         self.look_for_gone(&plan.missing_parents, &tracked).await?;
         self.backoff.reset();
@@ -548,22 +544,58 @@ impl Stream {
         Ok(())
     }
 
-    /// Takes a lease and starts reading.
-    async fn start_shard(&mut self, row: &ShardRow) -> Result<(), Fault> {
+    /// Tells the fleet what may be read, and takes what this worker is to have of it.
+    async fn take_share(
+        &mut self,
+        snapshot: &Arc<Snapshot>,
+        rows: &BTreeMap<ShardId, &ShardRow>,
+        startable: &BTreeSet<ShardId>,
+    ) -> Result<(), Fault> {
         let context = Arc::clone(&self.context);
         let shared = &context.shared;
-        let Some(position) = row.position() else {
-            shared.health.stop_table(
-                &context.table.name,
-                "a checkpoint in the state table is not readable",
-                "Look at the row's `checkpoint`; a person or a newer version has changed it",
-            );
-            return Ok(());
-        };
+        let mut readable = BTreeMap::new();
+        for row in startable.iter().filter_map(|id| rows.get(id)) {
+            let Some(position) = row.position() else {
+                shared.health.stop_table(
+                    &context.table.name,
+                    "a checkpoint in the state table is not readable",
+                    "Look at the row's `checkpoint`; a person or a newer version has changed it",
+                );
+                continue;
+            };
+            readable.insert(&row.lease_key, (*row, position));
+        }
+        let keys = readable.keys().map(|key| (*key).clone()).collect();
+        shared.fleet.set_readable(&self.key, keys);
+        let take = shared.fleet.share_out(snapshot);
+        let mut refused = false;
+        for (key, (row, position)) in readable {
+            self.pulse.beat();
+            if self.stop.is_cancelled() {
+                break;
+            }
+            if take.contains(key) && !self.running.values().any(|running| running == key) {
+                refused |= !self.start_shard(row, position).await?;
+            }
+        }
+        // Others were faster, so there may be room for what they left.
+        if refused {
+            shared.rescan.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Takes a lease and starts reading. Whether it was taken.
+    async fn start_shard(&mut self, row: &ShardRow, position: Position) -> Result<bool, Fault> {
+        let context = Arc::clone(&self.context);
+        let shared = &context.shared;
         let duration = shared.config.leases.duration;
+        // Cancelled as well when another worker is to have the shard.
+        let drain = self.stop.child_token();
+        let held = shared.fleet.hold(&row.lease_key, drain.clone());
         let taken = Lease::take(&shared.state, row.clone(), &shared.owner, duration).await?;
         let Some(lease) = taken else {
-            return Ok(());
+            return Ok(false);
         };
         tracing::info!(
             table = context.table.name,
@@ -579,8 +611,8 @@ impl Stream {
             shared.config.leases.late_effect,
         );
         let row = row.clone();
-        let stop = self.stop.clone();
         let task = self.tasks.spawn(async move {
+            let _held = held;
             let health = Arc::clone(&context.shared.health);
             let table = context.table.name.clone();
             let part = format!("{} renewal", lease.shard());
@@ -602,7 +634,7 @@ impl Stream {
                 row,
                 position,
                 inherited,
-                stop,
+                drain,
             );
             tokio::select! {
                 ended = consumed => ended,
@@ -616,6 +648,12 @@ impl Stream {
             }
         });
         self.running.insert(task.id(), key);
-        Ok(())
+        Ok(true)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.context.shared.fleet.forget(&self.key);
     }
 }

@@ -27,6 +27,9 @@ pub struct WorkerRow {
     pub since: String,
     /// When the row was last written, in milliseconds; for people, never for rules.
     pub updated_at: i64,
+    /// Whether it was asked to stop: it drains, and takes nothing any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
     /// Keys of the leases it asks their owners to hand over.
     #[serde(
         default,
@@ -37,10 +40,15 @@ pub struct WorkerRow {
 }
 
 impl WorkerRow {
+    /// Key of the row of `worker`.
+    pub fn key(worker: &str) -> String {
+        format!("worker#{worker}")
+    }
+
     /// The row of a process that has just started.
     pub fn new(worker: &str, epoch: u64, since: String) -> Self {
         Self {
-            lease_key: format!("worker#{worker}"),
+            lease_key: Self::key(worker),
             entity_type: "worker".to_owned(),
             format_version: FORMAT_VERSION,
             worker: worker.to_owned(),
@@ -49,6 +57,7 @@ impl WorkerRow {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             since,
             updated_at: 0,
+            leaving: false,
             wants: Vec::new(),
         }
     }
