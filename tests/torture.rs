@@ -56,9 +56,10 @@ fn run(seed: u64) -> Report {
 fn show(report: &Report) {
     let Report { seed, done, .. } = report;
     println!(
-        "seed {seed}: {} writes, {} records, {} kills, {} stops, {} pauses, {} starts ({} refused), \
+        "seed {seed} at pace {}: {} writes, {} records, {} kills, {} stops, {} pauses, {} starts ({} refused), \
          {} regions away, {} faults struck, {} + {} held writes took effect late, {} dead letters, \
          {} divergent, settled in {:.1} s, {:.1} s, {}",
+        report.pace,
         report.writes,
         report.records,
         done.kills,
@@ -74,7 +75,11 @@ fn show(report: &Report) {
         report.divergent,
         report.settled.as_secs_f64(),
         report.took.as_secs_f64(),
-        if report.troubles.is_empty() { "ok" } else { "FAILED" },
+        if report.troubles.is_empty() {
+            "ok"
+        } else {
+            "FAILED"
+        },
     );
 }
 
@@ -88,7 +93,9 @@ fn never_struck(reports: &[Report]) -> Vec<&str> {
             *all += hits;
         }
     }
-    let idle = met.into_iter().filter(|(_, (seeds, hits))| *seeds >= SEEDS_TO_STRIKE && *hits == 0);
+    let idle = met
+        .into_iter()
+        .filter(|(_, (seeds, hits))| *seeds >= SEEDS_TO_STRIKE && *hits == 0);
     idle.map(|(name, _)| name).collect()
 }
 

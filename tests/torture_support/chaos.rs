@@ -13,13 +13,14 @@ use crate::common::stand::Stand;
 
 use super::faults::{Faults, PAUSES, is_left_out};
 use super::fleet::Fleet;
-use super::{CHAOS, CHAOS_MAX, Tables, WRITES_MIN};
+use super::{Pace, Tables, WRITES_MIN};
 
 const TICK: Duration = Duration::from_millis(30);
 /// Open shards of a table; beyond this none is split.
 const SHARDS_MAX: usize = 6;
-/// One outage begins this often, in random order, so that a seed sees each kind about once.
-const OUTAGE_EVERY: Duration = Duration::from_millis(900);
+/// One outage begins this often (in milliseconds), in random order, so that a seed sees each kind
+/// about once.
+const OUTAGE_EVERY: u32 = 900;
 
 /// An outage, of a part or of a whole region.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +34,7 @@ pub struct Chaos<'a> {
     pub tables: &'a Tables,
     pub fleet: &'a mut Fleet,
     pub faults: &'a mut Faults,
+    pub pace: Pace,
     pub random: StdRng,
     /// When a region comes back.
     pub away: [Option<Instant>; 2],
@@ -42,12 +44,13 @@ pub struct Chaos<'a> {
 impl Chaos<'_> {
     /// Rages until its time is up and enough items are `written`.
     pub async fn run(&mut self, written: &AtomicU64) {
-        let start = Instant::now();
+        let (start, pace) = (Instant::now(), self.pace);
         let over = |since: Duration| match written.load(Ordering::Relaxed) {
-            0..WRITES_MIN => since > CHAOS_MAX,
-            _ => since > CHAOS,
+            0..WRITES_MIN => since > pace.chaos_max(),
+            _ => since > pace.chaos(),
         };
-        let (mut next, mut next_outage) = (Instant::now(), Instant::now() + OUTAGE_EVERY);
+        let (mut next, mut next_outage) =
+            (Instant::now(), Instant::now() + pace.times(OUTAGE_EVERY));
         let mut outages = Vec::new();
         while !over(start.elapsed()) {
             self.fleet.tend();
@@ -55,7 +58,7 @@ impl Chaos<'_> {
             self.bring_back().await;
             if Instant::now() >= next {
                 self.act();
-                next = Instant::now() + Duration::from_millis(self.random.random_range(100..450));
+                next = Instant::now() + pace.times(self.random.random_range(100..450));
             }
             if Instant::now() >= next_outage {
                 if outages.is_empty() {
@@ -64,7 +67,7 @@ impl Chaos<'_> {
                 if let Some(outage) = outages.pop() {
                     self.begin(outage).await;
                 }
-                next_outage = Instant::now() + OUTAGE_EVERY;
+                next_outage = Instant::now() + pace.times(OUTAGE_EVERY);
             }
             tokio::time::sleep(TICK).await;
         }
@@ -92,7 +95,7 @@ impl Chaos<'_> {
     }
 
     async fn begin(&mut self, outage: Away) {
-        let length = Duration::from_millis(self.random.random_range(250..1_400));
+        let length = self.pace.times(self.random.random_range(250..1_400));
         match outage {
             Away::Part(kind) => self.faults.begin(kind, length),
             Away::Region(region, how) if self.away[region].is_none() => {

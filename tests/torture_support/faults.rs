@@ -6,7 +6,7 @@ use farshore::embedded::gateway::{Fault, FaultHandle, Gateway, Limit};
 use rand::RngExt;
 use rand::rngs::StdRng;
 
-use super::{LATEST_EFFECT, POISON, Tables};
+use super::{POISON, Pace, Tables};
 
 /// Faults left out, by name, because what withstands them is not built yet. None may remain.
 ///
@@ -70,9 +70,9 @@ pub struct Faults {
 
 impl Faults {
     /// Draws faults and lets them loose.
-    pub fn inject(gateways: &[Gateway], tables: &Tables, random: &mut StdRng) -> Self {
+    pub fn inject(gateways: &[Gateway], tables: &Tables, pace: Pace, random: &mut StdRng) -> Self {
         let mut faults = Self::default();
-        for known in all(tables) {
+        for known in all(tables, pace) {
             let drawn = random.random_bool(0.75);
             let temper = random.random_range(0.5..1.5);
             if is_left_out(&known.name) || (known.when == When::Often && !drawn) {
@@ -144,11 +144,11 @@ pub fn is_left_out(name: &str) -> bool {
 }
 
 /// All of them. Chances are small where one call has many dangers.
-fn all(tables: &Tables) -> Vec<Known> {
+fn all(tables: &Tables, pace: Pace) -> Vec<Known> {
     let mut known = source_faults();
     known.extend(stream_faults());
-    known.extend(replica_faults(tables));
-    known.extend(state_faults(tables));
+    known.extend(replica_faults(tables, pace));
+    known.extend(state_faults(tables, pace));
     known
 }
 
@@ -192,12 +192,10 @@ fn source_faults() -> Vec<Known> {
 
 /// What only streams do.
 fn stream_faults() -> Vec<Known> {
-    let often = |name: &str, fault: Fault, chance: f64| {
-        known(SOURCE, When::Often, name, fault, chance)
-    };
-    let always = |name: &str, fault: Fault, chance: f64| {
-        known(SOURCE, When::Always, name, fault, chance)
-    };
+    let often =
+        |name: &str, fault: Fault, chance: f64| known(SOURCE, When::Often, name, fault, chance);
+    let always =
+        |name: &str, fault: Fault, chance: f64| known(SOURCE, When::Always, name, fault, chance);
     let denied = on(Fault::access_denied(), &READING);
     let unread = Fault::unprocessed(0.5).on("BatchGetItem");
     vec![
@@ -217,7 +215,7 @@ fn stream_faults() -> Vec<Known> {
 }
 
 /// What strikes writes of the replicas' items.
-fn replica_faults(tables: &Tables) -> Vec<Known> {
+fn replica_faults(tables: &Tables, pace: Pace) -> Vec<Known> {
     let onto = |when: When, name: &str, fault: Fault, chance: f64| {
         let fault = on(fault, &WRITING);
         let fault = fault.table(&tables.flat.name).table(&tables.sorted.name);
@@ -231,7 +229,7 @@ fn replica_faults(tables: &Tables) -> Vec<Known> {
     let account = Fault::throttling_exception(Limit::Account);
     let key_range = Fault::throttle(Limit::KeyRange).key_range(0.0..0.3);
     let new_code = Fault::code(400, "SomethingNewException", "Nobody has met this one yet");
-    let held_hung_up = Fault::hold(ms(2_000)).hanging_up();
+    let held_hung_up = Fault::hold(pace.times(2_000)).hanging_up();
     let refused = "This replica refuses the item";
     let poison = Fault::code(400, "ValidationException", refused).key(POISON);
     vec![
@@ -249,20 +247,23 @@ fn replica_faults(tables: &Tables) -> Vec<Known> {
         often("replica: cut within", Fault::cut_within(), 0.02),
         often("replica: delayed", Fault::delay(ms(120)), 0.03),
         often("replica: slow", Fault::slow_answer(ms(150)), 0.03),
-        often(HELD, Fault::hold(ms(900)), 0.01),
-        often(HELD_LONG, Fault::hold(ms(2_900)), 0.01),
-        often(HELD_HUNG_UP, held_hung_up, 0.015),
+        often(HELD, Fault::hold(pace.times(900)), 0.025),
+        often(HELD_LONG, Fault::hold(pace.times(2_900)), 0.025),
+        often(HELD_HUNG_UP, held_hung_up, 0.03),
         episode("replica: denied", Fault::access_denied()),
         episode("replica: away", Fault::unavailable()),
         // Signed requests die: what is held or delayed for longer has no effect any more.
-        always("replica: signature too old", Fault::stale_signature(LATEST_EFFECT)),
+        always(
+            "replica: signature too old",
+            Fault::stale_signature(pace.signature()),
+        ),
         // The data are so: the replica never takes these items.
         always("replica: poison", poison),
     ]
 }
 
 /// What strikes the state table.
-fn state_faults(tables: &Tables) -> Vec<Known> {
+fn state_faults(tables: &Tables, pace: Pace) -> Vec<Known> {
     let any = |when: When, name: &str, fault: Fault, chance: f64| {
         known(TARGET, when, name, fault.table(&tables.state), chance)
     };
@@ -270,13 +271,13 @@ fn state_faults(tables: &Tables) -> Vec<Known> {
     let write = |name: &str, fault: Fault, chance: f64| often(name, on(fault, &WRITING), chance);
     let episode = |name: &str, fault: Fault| any(When::Episode, name, fault, 1.0);
     let throttled = Fault::throttle(Limit::Account);
-    let held_hung_up = Fault::hold(ms(2_000)).hanging_up();
+    let held_hung_up = Fault::hold(pace.times(2_000)).hanging_up();
     vec![
         write("state: throttled", throttled, 0.02),
         write("state: 500 after", Fault::error_after(), 0.02),
         // A late effect is harmless here: every write has a condition.
-        write("state: held", Fault::hold(ms(900)), 0.01),
-        write("state: held long", Fault::hold(ms(2_900)), 0.01),
+        write("state: held", Fault::hold(pace.times(900)), 0.01),
+        write("state: held long", Fault::hold(pace.times(2_900)), 0.01),
         write("state: held, hung up", held_hung_up, 0.01),
         often("state: 500 before", Fault::error_before(), 0.02),
         often("state: 503", Fault::unavailable(), 0.02),

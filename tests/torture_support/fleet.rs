@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use crate::common::binary::Worker;
 use crate::common::stand::text_of;
 
-use super::{GRACE, LEASE};
+use super::Pace;
 
 /// A worker that was asked to stop must have ended this long after its grace: machines are slow.
 const SLACK: Duration = Duration::from_secs(6);
@@ -53,13 +53,14 @@ pub struct Done {
 /// Up to four workers of one group.
 pub struct Fleet {
     slots: Vec<Slot>,
+    pace: Pace,
     pub done: Done,
     /// What no worker may do.
     pub troubles: Vec<String>,
 }
 
 impl Fleet {
-    pub fn new(configs: Vec<PathBuf>) -> Self {
+    pub fn new(configs: Vec<PathBuf>, pace: Pace) -> Self {
         let slot = |config| Slot {
             config,
             state: State::New,
@@ -67,6 +68,7 @@ impl Fleet {
         };
         Self {
             slots: configs.into_iter().map(slot).collect(),
+            pace,
             done: Done::default(),
             troubles: Vec::new(),
         }
@@ -127,7 +129,7 @@ impl Fleet {
 
     /// SIGSTOP for 0.3 to 3 leases, then SIGCONT.
     pub fn pause(&mut self, random: &mut StdRng) {
-        let length = LEASE.mul_f64(random.random_range(0.3..3.0));
+        let length = self.pace.lease().mul_f64(random.random_range(0.3..3.0));
         if let Some(index) = self.any_up(random) {
             self.turn(index, |worker| {
                 worker.signal(Signal::STOP);
@@ -139,7 +141,7 @@ impl Fleet {
 
     /// Does what is due, and notes what must not be.
     pub fn tend(&mut self) {
-        let now = Instant::now();
+        let (now, limit) = (Instant::now(), self.pace.grace() + SLACK);
         for index in 0..self.slots.len() {
             let slot = &mut self.slots[index];
             let mut begin = false;
@@ -173,7 +175,7 @@ impl Fleet {
                         }
                         State::Down(now + START_AGAIN)
                     }
-                    None if since.elapsed() > GRACE + SLACK => {
+                    None if since.elapsed() > limit => {
                         let trouble = format!("worker {index} did not stop within its grace");
                         self.troubles.push(trouble);
                         worker.kill();
@@ -216,11 +218,12 @@ impl Fleet {
 
     /// Stops all that is up, and expects each to give up its leases and to say so.
     pub async fn stop(&mut self) {
+        let limit = self.pace.grace() + SLACK;
         // All at once, so that none takes over what another gives up.
         self.up().for_each(|worker| worker.signal(Signal::TERM));
         for (index, slot) in self.slots.iter_mut().enumerate() {
             if let State::Up(mut worker) = std::mem::replace(&mut slot.state, State::New) {
-                let code = worker.ended(GRACE + SLACK).await.code();
+                let code = worker.ended(limit).await.code();
                 if code != Some(0) {
                     let trouble = format!("worker {index} was stopped at rest and exited {code:?}");
                     self.troubles.push(trouble);
@@ -248,5 +251,6 @@ impl Fleet {
 /// Whether the process whose log begins there found its role.
 fn feeds(config: &std::path::Path, log_begins: usize) -> bool {
     let log = text_of(&config.with_extension("log"));
-    log.get(log_begins..).is_some_and(|log| log.contains(" feeding "))
+    log.get(log_begins..)
+        .is_some_and(|log| log.contains(" feeding "))
 }

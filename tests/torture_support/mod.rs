@@ -26,33 +26,80 @@ use fleet::Fleet;
 use verdict::Views;
 use workload::{Poison, Workload};
 
-/// How long the faults rage at least, and until so many items are written. A slow machine is given
-/// more time, up to a bound.
-const CHAOS: Duration = Duration::from_secs(9);
-const CHAOS_MAX: Duration = Duration::from_secs(25);
+/// Items written before the faults end, as long as their time allows.
 const WRITES_MIN: u64 = 800;
-const LEASE: Duration = Duration::from_millis(1_500);
-const GRACE: Duration = Duration::from_secs(3);
-/// What the workers are told of how late a write may take effect.
-const LATE_EFFECT: Duration = Duration::from_millis(4_500);
-/// No signature lives longer. It has whole seconds, so a write takes effect up to one later, and
-/// half a second is left for its way through the database.
-const LATEST_EFFECT: Duration = Duration::from_secs(3);
-/// Leases short enough to be lost often, polling slow enough for two cores and many processes.
-const SETTINGS: [(&str, Duration); 6] = [
-    ("duration", LEASE),
-    ("late_effect", LATE_EFFECT),
-    ("shutdown_grace", GRACE),
-    ("poll_interval", Duration::from_millis(50)),
-    ("idle_interval", Duration::from_millis(150)),
-    ("checkpoint_every", Duration::from_millis(250)),
-];
 /// How keys begin that the replica refuses.
 const POISON: &str = "poison-";
 const WORKERS_MAX: usize = 4;
-/// Far more than it takes, far less than a test may hang.
-const START_WITHIN: Duration = Duration::from_secs(30);
-const SETTLE_WITHIN: Duration = Duration::from_secs(60);
+
+/// All times of a seed, longer on a machine that has much else to do: a lease that is lost because
+/// nobody was let run tests nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace(u32);
+
+impl Pace {
+    const SLOWEST: u32 = 4;
+    /// A process starts and makes a dozen calls within this, on a machine with nothing else to do.
+    const QUICK: Duration = Duration::from_millis(400);
+    /// Tasks that wait for a core while nothing runs but this test.
+    const LOAD: f64 = 3.0;
+
+    /// By how long a process took, and by what waits for the cores.
+    fn measured(took: Duration) -> Self {
+        let slow = took.as_secs_f64() / Self::QUICK.as_secs_f64();
+        let waiting = load().unwrap_or(0.0) / Self::LOAD;
+        Self((slow.max(waiting).ceil() as u32).clamp(1, Self::SLOWEST))
+    }
+
+    fn times(self, ms: u32) -> Duration {
+        Duration::from_millis(u64::from(ms * self.0))
+    }
+
+    fn lease(self) -> Duration {
+        self.times(1_500)
+    }
+
+    /// How late a write may take effect, as the workers are told.
+    fn late_effect(self) -> Duration {
+        self.times(4_500)
+    }
+
+    /// No signature lives longer. It has whole seconds, so a write takes effect up to one later, and
+    /// half a second is left for its way through the database.
+    fn signature(self) -> Duration {
+        self.times(3_000)
+    }
+
+    fn grace(self) -> Duration {
+        self.times(3_000)
+    }
+
+    /// How long the faults rage, if enough is written by then, and if not.
+    fn chaos(self) -> Duration {
+        self.times(9_000)
+    }
+
+    fn chaos_max(self) -> Duration {
+        self.times(20_000)
+    }
+
+    /// Far more than it takes, far less than a test may hang.
+    fn patience(self) -> Duration {
+        self.times(60_000)
+    }
+
+    /// Leases short enough to be lost often, polling slow enough for two cores and many processes.
+    fn settings(self) -> [(&'static str, Duration); 6] {
+        [
+            ("duration", self.lease()),
+            ("late_effect", self.late_effect()),
+            ("shutdown_grace", self.grace()),
+            ("poll_interval", Duration::from_millis(50)),
+            ("idle_interval", Duration::from_millis(150)),
+            ("checkpoint_every", Duration::from_millis(250)),
+        ]
+    }
+}
 
 /// A replicated table.
 #[derive(Clone, Debug)]
@@ -62,6 +109,10 @@ pub struct Table {
 }
 
 impl Table {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The attributes of its key.
     pub fn key(&self) -> &'static [&'static str] {
         self.key
@@ -131,6 +182,8 @@ impl Tables {
 #[derive(Debug, Default)]
 pub struct Report {
     pub seed: u64,
+    /// How much longer all times were than on an idle machine.
+    pub pace: u32,
     /// What must not be; empty where the promise held.
     pub troubles: Vec<String>,
     /// The workers' last words, where there is trouble.
@@ -162,20 +215,21 @@ pub async fn torture(seed: u64) -> Report {
     let mut random = StdRng::seed_from_u64(seed);
     let source = Options::new(seed)
         .shards(random.random_range(2..5))
-        .iterator_life(Duration::from_millis(900))
+        .iterator_life(Duration::from_secs(4))
         .describe_page(random.random_range(8..30));
     let mut stand = Stand::gateways(source, Options::new(seed)).await;
     let tables = Tables::of(&stand);
-    let mut fleet = started(&stand, &tables, &mut random).await;
+    let (mut fleet, pace) = started(&stand, &tables, &mut random).await;
 
     let writers = Workload::start(&stand.source_url, SOURCE, &tables.all(), seed);
-    let mut faults = Faults::inject(&stand.gateways, &tables, &mut random);
+    let mut faults = Faults::inject(&stand.gateways, &tables, pace, &mut random);
     let written = writers.written();
     let mut chaos = Chaos {
         stand: &mut stand,
         tables: &tables,
         fleet: &mut fleet,
         faults: &mut faults,
+        pace,
         random,
         away: [None; 2],
         regions_away: 0,
@@ -186,19 +240,24 @@ pub async fn torture(seed: u64) -> Report {
     let regions_away = chaos.regions_away;
 
     let quiet = Instant::now();
-    let open = verdict::settle(&stand, &tables, &mut fleet, host_ms(), SETTLE_WITHIN).await;
+    let open = verdict::settle(&stand, &tables, &mut fleet, host_ms(), pace.patience()).await;
     let settled = quiet.elapsed();
-    let mut report = judged(&stand, &tables, &mut fleet, &poison).await;
-    if !open.is_empty() {
+    let mut report = if open.is_empty() {
+        judged(&stand, &tables, &mut fleet, &poison).await
+    } else {
         let more = open.len().saturating_sub(5);
         let first = open[..open.len() - more].join("; ");
-        let trouble = format!("not settled after {SETTLE_WITHIN:?}: {first} (and {more} more)");
-        report.troubles.insert(0, trouble);
-    }
+        let trouble = format!("not settled after {settled:?}: {first} (and {more} more)");
+        Report {
+            troubles: vec![trouble],
+            ..Report::default()
+        }
+    };
     if !report.troubles.is_empty() {
         report.tails = fleet.tails();
     }
     report.seed = seed;
+    report.pace = pace.0;
     report.done = fleet.done;
     report.writes = written.load(Ordering::Relaxed);
     report.regions_away = regions_away;
@@ -211,43 +270,43 @@ pub async fn torture(seed: u64) -> Report {
     report
 }
 
+/// Tables, replicas, and the first workers, all well.
+async fn started(stand: &Stand, tables: &Tables, random: &mut StdRng) -> (Fleet, Pace) {
+    for table in tables.all() {
+        workload::create(&stand.source, table).await;
+    }
+    let configs = (0..WORKERS_MAX).map(|_| stand.config(&tables.all().map(Table::name), ""));
+    let configs: Vec<_> = configs.collect();
+    let start = Instant::now();
+    provision(&configs[0]);
+    let pace = Pace::measured(start.elapsed());
+    for config in &configs {
+        let text = std::fs::read_to_string(config).unwrap();
+        std::fs::write(config, pace.settings().iter().fold(text, set)).unwrap();
+    }
+    let mut fleet = Fleet::new(configs, pace);
+    for _ in 0..random.random_range(2..4) {
+        fleet.start_another();
+    }
+    // Without a fault so far, every shard finds its owner. What is written from then on is
+    // replicated, and a table that already holds items is a gap.
+    let open = verdict::settle(stand, tables, &mut fleet, 0, pace.patience()).await;
+    assert!(
+        open.is_empty(),
+        "not even begun: {open:?}\n{}",
+        fleet.tails()
+    );
+    (fleet, pace)
+}
+
 /// Sets a duration of a configuration.
 fn set(text: String, (key, value): &(&str, Duration)) -> String {
     let line = text.lines().find(|line| line.starts_with(key)).unwrap();
     text.replace(line, &format!("{key} = \"{}ms\"", value.as_millis()))
 }
 
-/// Tables, replicas, and the first workers, all well.
-async fn started(stand: &Stand, tables: &Tables, random: &mut StdRng) -> Fleet {
-    for table in tables.all() {
-        workload::create(&stand.source, table).await;
-    }
-    let configs = (0..WORKERS_MAX).map(|_| {
-        let config = stand.config(&[&tables.flat.name, &tables.sorted.name], "");
-        let text = std::fs::read_to_string(&config).unwrap();
-        std::fs::write(&config, SETTINGS.iter().fold(text, set)).unwrap();
-        config
-    });
-    let configs: Vec<_> = configs.collect();
-    provision(&configs[0]);
-    let mut fleet = Fleet::new(configs);
-    for _ in 0..random.random_range(2..4) {
-        fleet.start_another();
-    }
-    // Without a fault so far, every shard finds its owner. What is written from then on is
-    // replicated, and a table that already holds items is a gap.
-    let open = verdict::settle(stand, tables, &mut fleet, 0, START_WITHIN).await;
-    assert!(open.is_empty(), "not even begun: {open:?}\n{}", fleet.tails());
-    fleet
-}
-
 /// Compares, and looks at what is left behind.
-async fn judged(
-    stand: &Stand,
-    tables: &Tables,
-    fleet: &mut Fleet,
-    poison: &Poison,
-) -> Report {
+async fn judged(stand: &Stand, tables: &Tables, fleet: &mut Fleet, poison: &Poison) -> Report {
     let views = Views::of(stand);
     let (source, target) = (&stand.gateways[0], &stand.gateways[1]);
     let mut report = Report::default();
@@ -256,17 +315,25 @@ async fn judged(
         if count > 0 {
             let shown = shown.join("\n");
             let name = &table.name;
-            report.troubles.push(format!("{count} keys of {name} differ:\n{shown}"));
+            report
+                .troubles
+                .push(format!("{count} keys of {name} differ:\n{shown}"));
         }
         report.divergent += count;
         for key in taken {
-            report.troubles.push(format!("the replica took the poison {key}"));
+            report
+                .troubles
+                .push(format!("the replica took the poison {key}"));
         }
         let shards = source.shards(&table.name);
         report.records += shards.iter().map(|shard| shard.records as u64).sum::<u64>();
     }
-    report.troubles.extend(verdict::judge_letters(stand, tables, poison));
-    report.troubles.extend(verdict::judge_rows(&views.rows(tables).await, tables));
+    report
+        .troubles
+        .extend(verdict::judge_letters(stand, tables, poison));
+    report
+        .troubles
+        .extend(verdict::judge_rows(&views.rows(tables).await, tables));
     fleet.stop().await;
     report.troubles.append(&mut fleet.troubles);
     report.letters = stand.dead_letters().len() as u64;
@@ -279,6 +346,14 @@ async fn judged(
     };
     report.late = [late("replica: held"), late("state: held")];
     report
+}
+
+/// Tasks that wait for each core, on the average of the last minute; `None` where nobody says.
+fn load() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
+    let tasks: f64 = text.split(' ').next()?.parse().ok()?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Some(tasks / cores as f64)
 }
 
 fn host_ms() -> i64 {

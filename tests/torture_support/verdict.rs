@@ -90,7 +90,10 @@ pub async fn unsettled(
     if doubts > 0 {
         open.push(format!("{doubts} doubts"));
     }
-    let alive: Vec<String> = fleet.up().map(|worker| format!("-{}#", worker.pid())).collect();
+    let alive: Vec<String> = fleet
+        .up()
+        .map(|worker| format!("-{}#", worker.pid()))
+        .collect();
     let mut owned = 0;
     for table in tables.all() {
         let leases = shard_rows(&rows, &table.name);
@@ -127,7 +130,9 @@ pub async fn unsettled(
         held += worker.metric("farshore_leases_held").await;
     }
     if held != f64::from(owned) {
-        open.push(format!("workers say they hold {held} leases, the rows {owned}"));
+        open.push(format!(
+            "workers say they hold {held} leases, the rows {owned}"
+        ));
     }
     open
 }
@@ -176,7 +181,10 @@ pub async fn divergences(
     let shown = differing.iter().take(SHOWN).map(|key| {
         let (from, to) = (show(from.get(**key)), show(to.get(**key)));
         let calls = calls_on(target, table, key);
-        format!("{key} of {}\n  source  {from}\n  replica {to}\n{calls}", table.name)
+        format!(
+            "{key} of {}\n  source  {from}\n  replica {to}\n{calls}",
+            table.name
+        )
     });
     let taken = to.keys().filter(|key| poisonous(key)).cloned().collect();
     (differing.len(), shown.collect(), taken)

@@ -52,7 +52,10 @@ pub async fn create(client: &Client, table: &Table) {
     if table.is_sorted() {
         let index = LocalSecondaryIndex::builder()
             .index_name("by-touch")
-            .set_key_schema(Some(vec![index_key("id", true), index_key("touched", false)]))
+            .set_key_schema(Some(vec![
+                index_key("id", true),
+                index_key("touched", false),
+            ]))
             .projection(
                 Projection::builder()
                     .projection_type(ProjectionType::KeysOnly)
@@ -196,7 +199,11 @@ impl Writer {
         item.insert("padding".to_owned(), s(fill.to_string().repeat(length)));
         match self.random.random_range(0..6) {
             0 => {
-                let set = vec![format!("{}", self.version), "7".to_owned(), "-1.5".to_owned()];
+                let set = vec![
+                    format!("{}", self.version),
+                    "7".to_owned(),
+                    "-1.5".to_owned(),
+                ];
                 item.insert("numbers".to_owned(), V::Ns(set));
             }
             1 => {
