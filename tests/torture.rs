@@ -8,9 +8,13 @@ mod common;
 mod torture_support;
 
 use std::collections::BTreeMap;
+use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use common::binary::{Worker, provision};
+use common::eventually;
+use common::stand::{Stand, text_of};
 use torture_support::seeds::ONCE_FAILED;
 use torture_support::{Report, torture};
 
@@ -151,4 +155,84 @@ fn whatever_goes_wrong_a_replica_said_to_be_caught_up_equals_its_source() {
 
 fn next(seeds: &Mutex<Vec<u64>>) -> Option<u64> {
     seeds.lock().unwrap().pop()
+}
+
+/// Where the test below wants to read the process id of a worker.
+const ORPHAN_VARIABLE: &str = "FARSHORE_TEST_ORPHAN";
+
+/// A killed test run leaves no worker behind.
+#[test]
+fn a_worker_ends_with_the_test_process_however_that_ends() {
+    let temp = tempfile::tempdir().unwrap();
+    let told = temp.path().join("pid");
+    let run = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", "starts_a_worker_and_is_killed"])
+        .env(ORPHAN_VARIABLE, &told)
+        // It is killed and cannot clear up after itself.
+        .env("TMPDIR", temp.path())
+        .stdout(Stdio::null())
+        .spawn();
+    let mut run = Killed(run.unwrap());
+    let start = Instant::now();
+    let pid: u32 = loop {
+        if let Ok(pid) = text_of(&told).parse() {
+            break pid;
+        }
+        assert!(start.elapsed() < ORPHAN_PATIENCE, "no worker was started");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let alive = || {
+        let stat = text_of(format!("/proc/{pid}/stat").as_ref());
+        // Dead, it may wait for somebody to ask how it ended.
+        let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
+        stat.contains("(farshore)") && !state.starts_with('Z')
+    };
+    assert!(alive(), "the worker is not there to begin with");
+    run.kill();
+    let start = Instant::now();
+    while alive() {
+        assert!(start.elapsed() < ORPHAN_PATIENCE, "the worker lives on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A process that ends with this value.
+struct Killed(Child);
+
+impl Killed {
+    fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+const ORPHAN_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The other half of the test above: a test run that is killed.
+#[tokio::test]
+#[ignore = "run by a_worker_ends_with_the_test_process_however_that_ends"]
+async fn starts_a_worker_and_is_killed() {
+    let Some(told) = std::env::var_os(ORPHAN_VARIABLE) else {
+        return;
+    };
+    let stand = Stand::embedded().await;
+    stand.create_source("orders").await;
+    let config = stand.config(&["orders"], "");
+    provision(&config);
+    // From a thread that is gone a moment later.
+    let start = std::thread::spawn(move || Worker::start(&config));
+    let worker = start.join().unwrap();
+    let held = async || worker.metric("farshore_leases_held").await >= 1.0;
+    eventually("it reads", ORPHAN_PATIENCE, held).await;
+    // In one step, so that no half of a number is read.
+    let whole = std::path::Path::new(&told).with_extension("new");
+    std::fs::write(&whole, worker.pid().to_string()).unwrap();
+    std::fs::rename(&whole, &told).unwrap();
+    tokio::time::sleep(2 * ORPHAN_PATIENCE).await;
 }
