@@ -19,9 +19,11 @@
 //! | read | [`stream::reader`], [`run::source`] | from the checkpoint to the end of the shard, the last page's records included |
 //! | decode | [`stream::change`] | images are moved into the types that are written, never cloned |
 //! | coalesce | [`apply::coalesce`] (pure) | order per key, one write of a key at a time, and how far everything is durable |
+//! | tap | [`run::tap`] | nothing is sent while a person has closed it, or while nobody can know |
 //! | apply | [`apply::batch`], [`apply::budget`] | batches of 25; a rejected one is bisected; within the write budget |
 //! | give up | [`dead_letter`], [`run::letter`] | a record the replica can never take is stored before the checkpoint passes it |
 //! | checkpoint | [`run::shard`] | follows the data, never the reading |
+//! | in doubt | [`lease::doubts`] (pure), [`run::doubts`], [`repair`] | a write that may take effect late is repaired by key once it no longer can |
 //!
 //! # The house
 //!
@@ -32,7 +34,8 @@
 //! * [`jobs`] are one-shot: provision, compare.
 //! * [`error`] maps every error to one policy, and holds the sentences that people read.
 //! * [`dynamo`] makes the SDK clients, and knows items, keys and tables.
-//! * [`observe`] is what the outside sees: metrics, health.
+//! * [`observe`] is what the outside sees: metrics, health. [`observe::liveness`] (pure) says what a
+//!   missing sign of life means; [`run::vital`] and the supervision in [`run`] heal it.
 //! * `embedded` (cargo feature) is a DynamoDB inside the program, and a gateway that does to it
 //!   what AWS does.
 
@@ -49,5 +52,9 @@ pub mod jobs;
 pub mod lease;
 pub mod mutation;
 pub mod observe;
+pub mod repair;
 pub mod run;
 pub mod stream;
+
+#[cfg(test)]
+mod semantics_tests;

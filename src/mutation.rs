@@ -1,4 +1,5 @@
-//! Single safeguards, turned off to see the tests fail (cargo feature `failpoints`, tests only).
+//! Single safeguards, turned off to see the tests fail, and tasks that die when a test says so (cargo
+//! feature `failpoints`, tests only).
 //!
 //! A test that passes with its safeguard off proves nothing. `.ci/mutations` turns each off in turn
 //! (`FARSHORE_TEST_MUTATION=doubts`) and expects the test that guards it to fail. Without the
@@ -17,6 +18,8 @@ pub enum Mutation {
     Checkpoint,
     /// A lease's owner is named without a nonce.
     Nonce,
+    /// A tap that cannot be seen counts as open.
+    Tap,
 }
 
 impl Mutation {
@@ -28,6 +31,7 @@ impl Mutation {
             Mutation::Parents => "parents",
             Mutation::Checkpoint => "checkpoint",
             Mutation::Nonce => "nonce",
+            Mutation::Tap => "tap",
         }
     }
 }
@@ -47,3 +51,26 @@ pub fn is_off(mutation: Mutation) -> bool {
 pub const fn is_off(_mutation: Mutation) -> bool {
     false
 }
+
+/// Makes the task that passes here die or hang, once, when a test asks for it: the directory
+/// `FARSHORE_TEST_TROUBLE` then holds a file `<point>-panic` or `<point>-hang`, which is removed.
+#[cfg(feature = "failpoints")]
+pub async fn trouble(point: &str) {
+    static DIRECTORY: std::sync::OnceLock<Option<std::path::PathBuf>> = std::sync::OnceLock::new();
+    let directory =
+        DIRECTORY.get_or_init(|| std::env::var_os("FARSHORE_TEST_TROUBLE").map(Into::into));
+    let Some(directory) = directory else {
+        return;
+    };
+    // Whoever removes the file is the one it was meant for.
+    if std::fs::remove_file(directory.join(format!("{point}-panic"))).is_ok() {
+        panic!("the test asked for this");
+    }
+    if std::fs::remove_file(directory.join(format!("{point}-hang"))).is_ok() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Makes the task that passes here die or hang: never.
+#[cfg(not(feature = "failpoints"))]
+pub async fn trouble(_point: &str) {}

@@ -6,13 +6,18 @@
 //! ```
 
 pub mod context;
+pub mod doubts;
 pub mod letter;
+pub mod lookout;
 pub mod rows;
 pub mod shard;
 pub mod source;
 pub mod start;
 pub mod table;
+pub mod tap;
+pub mod vital;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,21 +27,27 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::apply::batch::Writer;
+use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
-use crate::config::Config;
 use crate::config::read::Loaded;
+use crate::config::{Config, Table};
 use crate::error::Exit;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
+use crate::observe::liveness::{Limits, PULSE_EVERY};
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use context::Shared;
+use doubts::repair_doubts;
 use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Dead letters on their way at once, over all tables.
 const LETTERS_AT_ONCE: usize = 8;
+/// Longest wait for an ended task to be gone.
+const ABORTED_WITHIN: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -128,14 +139,15 @@ async fn feed_until(
 ) -> Exit {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
+    let writers = writers(&config, &feed);
     let shared = Arc::new(Shared {
+        writers,
         epoch: feed.epoch,
         owner: owner(),
         lister: Lister::new(feed.source.streams.clone()),
         source: feed.source,
         target: feed.target,
         state: feed.state,
-        keys: feed.keys,
         dead_letters: feed.dead_letters,
         letters: Semaphore::new(LETTERS_AT_ONCE),
         health,
@@ -152,9 +164,19 @@ async fn feed_until(
         owner = shared.owner,
         "feeding"
     );
+    shared.health.expect_life(Limits::of(&shared.config));
+    metrics::begin_worker();
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
+    let mut repairs = JoinSet::new();
+    for table in &shared.config.tables {
+        repairs.spawn(keep_repairing(
+            Arc::clone(&shared),
+            table.clone(),
+            stop.clone(),
+        ));
+    }
     let beating = CancellationToken::new();
     let mut tables = JoinSet::new();
     for table in &shared.config.tables {
@@ -169,6 +191,7 @@ async fn feed_until(
             while let Some(ended) = tables.join_next().await {
                 clean &= ended.unwrap_or(false);
             }
+            while repairs.join_next().await.is_some() {}
             clean
         })
         .await
@@ -201,11 +224,7 @@ async fn feed_until(
 
 /// Keeps a table followed: a task that ends by itself is noticed and started again.
 /// Returns whether all its shards were drained and released.
-async fn supervise(
-    shared: Arc<Shared>,
-    table: crate::config::Table,
-    stop: CancellationToken,
-) -> bool {
+async fn supervise(shared: Arc<Shared>, table: Table, stop: CancellationToken) -> bool {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         // A set of one: dropped with this future, it takes the task with it.
@@ -215,17 +234,46 @@ async fn supervise(
             table.clone(),
             stop.clone(),
         ));
-        let ended = task.join_next().await;
+        let ended = tokio::select! {
+            ended = task.join_next() => ended,
+            why = stuck(&shared.health, &table.name, &stop) => {
+                tracing::error!(
+                    table = table.name,
+                    why,
+                    "the tasks of a table are ended and start over; its leases expire and are taken again"
+                );
+                task.abort_all();
+                // A task that never waits cannot be ended; its leases are fenced all the same.
+                let _ = tokio::time::timeout(ABORTED_WITHIN, task.join_next()).await;
+                None
+            }
+        };
         if stop.is_cancelled() {
             return matches!(ended, Some(Ok(true)));
         }
-        let panicked = matches!(ended, Some(Err(_)));
-        tracing::error!(
-            table = table.name,
-            panicked,
-            "the task of a table ended by itself; it starts over"
-        );
+        if let Some(ended) = ended {
+            tracing::error!(
+                table = table.name,
+                panicked = ended.is_err(),
+                "the task of a table ended by itself; it starts over"
+            );
+        }
+        shared.health.restarted(&table.name);
+        shared.health.task_died("table", &table.name);
         tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// Returns why the tasks of `table` must be started again, once they must; never while draining.
+async fn stuck(health: &Health, table: &str, stop: &CancellationToken) -> &'static str {
+    loop {
+        tokio::time::sleep(PULSE_EVERY).await;
+        if stop.is_cancelled() {
+            std::future::pending::<()>().await;
+        }
+        if let Some(why) = health.stuck(table) {
+            return why;
+        }
     }
 }
 
@@ -243,10 +291,56 @@ async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapsho
             Arc::clone(&shared.rescan),
             Arc::clone(&shared.health),
         ));
-        task.join_next().await;
-        tracing::error!("the reader of the state table ended by itself; it starts over");
+        let never = CancellationToken::new();
+        tokio::select! {
+            _ = task.join_next() => {}
+            _ = stuck(&shared.health, "", &never) => {}
+        }
+        tracing::error!("the reader of the state table ended or hangs; it starts over");
+        shared.health.restarted("");
+        shared.health.task_died("rows", "");
         tokio::time::sleep(backoff.pause()).await;
     }
+}
+
+/// Keeps the doubts of a table repaired: a task that ends by itself is started again.
+async fn keep_repairing(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let mut task = JoinSet::new();
+        let repairing = repair_doubts(Arc::clone(&shared), table.clone(), stop.clone());
+        task.spawn(repairing);
+        task.join_next().await;
+        if stop.is_cancelled() {
+            return;
+        }
+        tracing::error!(
+            table = table.name,
+            "the repair of doubts ended by itself; it starts over"
+        );
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// One writer for each replica.
+fn writers(config: &Config, feed: &Feed) -> BTreeMap<String, Arc<Writer>> {
+    let writer = |table: &Table| {
+        let budget = Arc::new(Budget::new(config.units_per_second(table)));
+        let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
+        Arc::new(Writer::new(
+            feed.target.tables.clone(),
+            table.name_in(&feed.target.label),
+            &table.name,
+            budget,
+            config.dead_letters.max_attempts,
+            key,
+        ))
+    };
+    config
+        .tables
+        .iter()
+        .map(|table| (table.name.clone(), writer(table)))
+        .collect()
 }
 
 /// The main loop: shows once a second that the worker lives and where it stands.
@@ -265,14 +359,7 @@ async fn beat(
         health.beat();
         metrics::ready(health.reasons().is_empty());
         if let Some(shared) = shared {
-            let rows = shared.rows.borrow().clone();
-            let open = rows
-                .shards
-                .iter()
-                .filter(|row| row.epoch == shared.epoch && !row.is_finished())
-                .filter(|row| shared.board.is_current_stream(&row.table, &row.stream_arn))
-                .map(|row| (row.table.as_str(), row.shard_id.as_str(), row.proven_ms()));
-            shared.board.publish(open, shared.source.clock.now_ms());
+            lookout::look(shared);
         }
         if let Some(metrics) = metrics {
             metrics.run_upkeep();

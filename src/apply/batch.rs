@@ -13,9 +13,11 @@ use super::budget::Budget;
 use super::coalesce::Op;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::table::{KeyPart, describe, primary_key, show_key};
+use crate::dynamo::transmit::{Bound, Left, within};
 use crate::error::{Class, Fault, Operation, Policy, classify};
-use crate::lease::held::Lease;
+use crate::lease::doubts::effect_unknown;
 use crate::observe::metrics;
+use crate::stream::sequence::SequenceNumber;
 
 /// Operations of one `BatchWriteItem`; the service takes no more.
 pub const BATCH_OPS_MAX: usize = 25;
@@ -54,6 +56,9 @@ pub struct Sent {
     pub outcomes: Vec<(Op, Outcome)>,
     /// Why changes were returned, where the service gave a reason.
     pub fault: Option<Fault>,
+    /// The last record among those whose writes left without a complete answer in time: they may
+    /// still take effect, whatever their outcome here.
+    pub unanswered: Option<SequenceNumber>,
 }
 
 /// Writes to one replica table.
@@ -133,27 +138,33 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes `ops` under `lease`. A batch that the replica rejects is bisected until each record
+    /// Writes `ops` within `bound`. A batch that the replica rejects is bisected until each record
     /// that it refuses stands alone. Returns early, with the rest unsent, at the first failure
     /// that is not the records' own.
     /// Once `stop` is cancelled nothing more is sent, however much of a batch or a budget is left.
-    pub async fn write(&self, lease: &Lease, stop: &CancellationToken, ops: Vec<Op>) -> Sent {
-        let mut outcomes = Vec::with_capacity(ops.len());
-        let mut fault = None;
+    pub async fn write(
+        &self,
+        bound: &Arc<dyn Bound>,
+        stop: &CancellationToken,
+        ops: Vec<Op>,
+    ) -> Sent {
+        let mut sent = Sent {
+            outcomes: Vec::with_capacity(ops.len()),
+            fault: None,
+            unanswered: None,
+        };
         // Depth first, so that at most one half for each halving waits here.
         let mut groups: Vec<Vec<Op>> = vec![ops];
         while let Some(mut group) = groups.pop() {
-            if fault.is_some() {
-                outcomes.extend(group.into_iter().map(|op| (op, Outcome::Returned)));
+            if sent.fault.is_some() {
+                sent.returned(group);
                 continue;
             }
-            match self.send(lease, stop, &group).await {
-                Answer::Stopped => {
-                    outcomes.extend(group.into_iter().map(|op| (op, Outcome::Returned)));
-                }
+            match self.send(bound, stop, &group, &mut sent.unanswered).await {
+                Answer::Stopped => sent.returned(group),
                 Answer::Done { unprocessed } => {
                     if !unprocessed.is_empty() {
-                        fault = Some(unprocessed_fault());
+                        sent.fault = Some(unprocessed_fault());
                     }
                     for (index, op) in group.into_iter().enumerate() {
                         let outcome = if unprocessed.contains(&index) {
@@ -161,7 +172,7 @@ impl Writer {
                         } else {
                             Outcome::Applied
                         };
-                        outcomes.push((op, outcome));
+                        sent.outcomes.push((op, outcome));
                     }
                 }
                 Answer::Failed(refused) if refused.policy() == Policy::DeadLetter => {
@@ -170,35 +181,39 @@ impl Writer {
                         groups.push(right);
                         groups.push(group);
                     } else if let Some(op) = group.pop() {
-                        let (outcome, other) = self.alone(lease, stop, &op, refused).await;
-                        outcomes.push((op, outcome));
-                        fault = other;
+                        let unanswered = &mut sent.unanswered;
+                        let (outcome, other) =
+                            self.alone(bound, stop, &op, refused, unanswered).await;
+                        sent.outcomes.push((op, outcome));
+                        sent.fault = other;
                     }
                 }
                 Answer::Failed(other) => {
-                    outcomes.extend(group.into_iter().map(|op| (op, Outcome::Returned)));
-                    fault = Some(other);
+                    sent.returned(group);
+                    sent.fault = Some(other);
                 }
             }
         }
-        Sent { outcomes, fault }
+        sent
     }
 
     /// Tries a record alone until it has been refused `max_attempts` times, counting the one that
     /// gave `fault`.
     async fn alone(
         &self,
-        lease: &Lease,
+        bound: &Arc<dyn Bound>,
         stop: &CancellationToken,
         op: &Op,
         fault: Fault,
+        unanswered: &mut Option<SequenceNumber>,
     ) -> (Outcome, Option<Fault>) {
         let mut fault = fault;
         let mut attempts = 1;
         while attempts < self.max_attempts {
             metrics::retried(&self.table, fault.class);
             tokio::time::sleep(REFUSED_PAUSE).await;
-            match self.send(lease, stop, std::slice::from_ref(op)).await {
+            let one = std::slice::from_ref(op);
+            match self.send(bound, stop, one, unanswered).await {
                 Answer::Stopped => return (Outcome::Returned, None),
                 Answer::Done { unprocessed } if unprocessed.is_empty() => {
                     return (Outcome::Applied, None);
@@ -217,16 +232,22 @@ impl Writer {
         }
     }
 
-    /// One call, inside the lease.
-    async fn send(&self, lease: &Lease, stop: &CancellationToken, ops: &[Op]) -> Answer {
+    /// One call, within `bound`. Takes note in `unanswered` of one that may take effect later.
+    async fn send(
+        &self,
+        bound: &Arc<dyn Bound>,
+        stop: &CancellationToken,
+        ops: &[Op],
+        unanswered: &mut Option<SequenceNumber>,
+    ) -> Answer {
         let units: u32 = ops.iter().map(|op| op.change.units).sum();
         tokio::select! {
             biased;
             () = stop.cancelled() => return Answer::Stopped,
             () = self.budget.spend(units) => {}
         }
-        let left = lease.remaining();
-        if left <= LEASE_MARGIN {
+        let remaining = bound.remaining();
+        if remaining <= LEASE_MARGIN {
             return Answer::Failed(Fault::own(
                 Operation::State,
                 Class::Network,
@@ -244,17 +265,27 @@ impl Writer {
             .request_items(&self.target, requests)
             .send();
         // Not answered before the lease's end is as good as not answered.
-        let timeout = ATTEMPT_TIMEOUT.min(left - LEASE_MARGIN);
-        let answer = match tokio::time::timeout(timeout, call).await {
-            Err(_) => Err(Fault::own(
+        let timeout = ATTEMPT_TIMEOUT.min(remaining - LEASE_MARGIN);
+        let (answer, left) = within(Arc::clone(bound), timeout, call).await;
+        let answer = match answer {
+            None => Err(Fault::own(
                 Operation::Write,
                 Class::Network,
                 "no answer in time",
                 "the replica did not answer within the timeout or the lease",
             )),
-            Ok(Err(error)) => Err(classify(Operation::Write, &error)),
-            Ok(Ok(output)) => Ok(output.unprocessed_items.unwrap_or_default()),
+            Some(Err(error)) => Err(classify(Operation::Write, &error)),
+            Some(Ok(output)) => Ok(output.unprocessed_items.unwrap_or_default()),
         };
+        let in_time = !bound.remaining().is_zero();
+        let settled = match &answer {
+            Ok(_) => in_time,
+            Err(fault) => !effect_unknown(fault.class),
+        };
+        if left == Left::Yes && !settled {
+            let last = ops.iter().map(|op| op.change.sequence.clone()).max();
+            *unanswered = last.max(unanswered.take());
+        }
         match answer {
             Ok(unprocessed) => {
                 let unprocessed = positions(ops, unprocessed.into_values().flatten());
@@ -263,6 +294,14 @@ impl Writer {
             }
             Err(fault) => Answer::Failed(fault),
         }
+    }
+}
+
+impl Sent {
+    /// None of `ops` is known to be durable.
+    fn returned(&mut self, ops: Vec<Op>) {
+        self.outcomes
+            .extend(ops.into_iter().map(|op| (op, Outcome::Returned)));
     }
 }
 

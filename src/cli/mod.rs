@@ -8,6 +8,7 @@ mod health;
 mod provision;
 mod run;
 mod status;
+mod tap;
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -62,15 +63,29 @@ enum Command {
     /// here. Metrics and health are served on worker.listen. SIGTERM or Ctrl-C drains,
     /// checkpoints and releases. Exit code 0: drained; 1: the grace ran out; 2: could not start.
     Run,
-    /// Shows shards, owners, checkpoints and gaps from the state table of this region
+    /// Shows shards, owners, checkpoints, gaps, pauses and doubts from the state table of this region
     ///
-    /// Exit code 0: nothing needs a person; 1: a gap is open, a shard has no owner or a silent one,
-    /// or nobody reads a table; 2: could not read.
+    /// Exit code 0: nothing needs a person; 1: a gap is open, a tap is closed, a shard has no owner or
+    /// a silent one, nobody reads a table, or a doubt should have been repaired more than ten minutes
+    /// ago (a doubt that waits for its time is normal); 2: could not read.
     Status(status::Args),
     /// Creates replica tables, the state table with its control record, and the queue
     ///
     /// Without --apply it prints what it would do. It changes nothing that exists.
     Provision(provision::Args),
+    /// Closes the tap: nothing more is written to the replica, by the whole fleet
+    ///
+    /// Every worker stops sending within one leases.duration, keeps its leases, and goes on from where
+    /// it stood after `resume`. The stream forgets after 24 hours: headroom keeps running down. Without
+    /// --apply it prints what it would do. Exit code 0: closed, or closed already; 1: only planned; 2:
+    /// could not be done.
+    Pause(tap::Args),
+    /// Opens the tap again
+    ///
+    /// Without --table it lifts the pause of all tables and leaves those of single tables. Without
+    /// --apply it prints what it would do. Exit code 0: opened, or not closed at all; 1: only planned,
+    /// or the table stays closed by the pause of all tables; 2: could not be done.
+    Resume(tap::Args),
     /// Asks a running worker whether it lives: the probe of a container
     Health,
     /// Two embedded regions, a live workload, the worker; ends with a comparison of both tables
@@ -129,6 +144,8 @@ async fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Command::Run => run::run(loaded(&cli.common)?).await,
         Command::Status(args) => status::run(loaded(&cli.common)?, &args).await,
         Command::Provision(args) => provision::run(loaded(&cli.common)?, &args).await,
+        Command::Pause(args) => tap::run(loaded(&cli.common)?, tap::Turn::Pause, &args).await,
+        Command::Resume(args) => tap::run(loaded(&cli.common)?, tap::Turn::Resume, &args).await,
         Command::Health => health::run(loaded(&cli.common)?).await,
         #[cfg(feature = "embedded")]
         Command::Demo(args) => demo::run(&args).await,

@@ -1,17 +1,21 @@
-//! `farshore status`: shards, owners, checkpoints and gaps, from the state table of this region.
+//! `farshore status`: shards, owners, checkpoints, gaps, pauses and doubts, from the state table of
+//! this region.
+
+mod show;
 
 use std::collections::BTreeMap;
-
-use serde_json::{Value, json};
 
 use super::{answer, answer_json};
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
-use crate::dynamo::clock::{host_ms, rfc3339};
+use crate::dynamo::clock::host_ms;
 use crate::error::{Exit, Failure};
-use crate::lease::row::{ControlRow, GapRow, Row, ShardRow};
+use crate::lease::orphans::readable;
+use crate::lease::row::{ControlRow, DoubtRow, GapRow, PauseRow, Row, ShardRow, WorkerRow};
+use crate::lease::rules::worker_of;
 use crate::lease::table::StateTable;
 use crate::observe::board::RETENTION_MS;
+use crate::run::lookout::DOUBT_PATIENCE_MS;
 use crate::run::start::unusable;
 use crate::stream::stream_label;
 
@@ -29,6 +33,22 @@ struct Found {
     control: Option<ControlRow>,
     shards: Vec<ShardRow>,
     gaps: Vec<GapRow>,
+    workers: Vec<WorkerRow>,
+    doubts: Vec<DoubtRow>,
+    /// Those that stand.
+    pauses: Vec<PauseRow>,
+    /// The time in the region of the state table, in milliseconds.
+    now_ms: i64,
+}
+
+/// The doubts of one table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Doubts {
+    open: usize,
+    /// When the last of them is due, in milliseconds.
+    until_ms: i64,
+    /// How many should have been repaired long ago.
+    overdue: usize,
 }
 
 pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
@@ -46,40 +66,13 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         .rows()
         .await
         .map_err(|fault| unusable(region, state.name(), &fault))?;
-    let mut found = Found::default();
-    for row in rows {
-        match row {
-            Row::Control(row) => found.control = Some(row),
-            Row::Shard(row) => found.shards.push(row),
-            Row::Gap(row) => found.gaps.push(row),
-            Row::Stream(_) | Row::Worker(_) | Row::Doubt(_) | Row::Pause(_) | Row::Other(_) => {}
-        }
-    }
-    found.keep_current(&loaded);
-    found.shards.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
-    found.gaps.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
+    let found = Found::new(rows, &loaded, region.clock.now_ms());
     if args.json {
-        answer_json(&as_json(&loaded, &found))?;
+        answer_json(&show::as_json(&loaded, &found))?;
     } else {
-        answer(&as_text(&loaded, &found))?;
+        answer(&show::as_text(&loaded, &found))?;
     }
-    let silent_after_ms = silent_after_ms(&loaded);
-    let unread = loaded
-        .config
-        .tables
-        .iter()
-        .any(|table| !found.open().any(|row| row.table == table.name));
-    let feeds = found
-        .control
-        .as_ref()
-        .is_none_or(|control| control.active != loaded.here);
-    let needs_person = !found.gaps.is_empty()
-        || found.orphans(silent_after_ms).next().is_some()
-        || found
-            .open()
-            .any(|row| silence_s(row, silent_after_ms).is_some())
-        || (unread && feeds);
-    Ok(if needs_person {
+    Ok(if found.needs_person(&loaded) {
         Exit::Remains
     } else {
         Exit::Done
@@ -105,16 +98,73 @@ fn headroom_s(row: &ShardRow) -> Option<i64> {
     Some((row.watermark? + RETENTION_MS - host_ms()).max(0) / 1_000)
 }
 
+/// The least headroom of the open shards of `table`, in seconds.
+pub(super) fn headroom_of(open: &[ShardRow], table: &str) -> Option<i64> {
+    open.iter()
+        .filter(|row| row.table == table)
+        .filter_map(headroom_s)
+        .min()
+}
+
 impl Found {
+    fn new(rows: Vec<Row>, loaded: &Loaded, now_ms: i64) -> Self {
+        let mut found = Self {
+            now_ms,
+            ..Self::default()
+        };
+        for row in rows {
+            match row {
+                Row::Control(row) => found.control = Some(row),
+                Row::Shard(row) => found.shards.push(row),
+                Row::Gap(row) => found.gaps.push(row),
+                Row::Worker(row) => found.workers.push(row),
+                Row::Doubt(row) => found.doubts.push(row),
+                Row::Pause(row) if row.is_closed() => found.pauses.push(row),
+                Row::Stream(_) | Row::Pause(_) | Row::Other(_) => {}
+            }
+        }
+        found.keep_current(loaded);
+        found.shards.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
+        found.gaps.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
+        found.workers.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
+        found.pauses.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
+        found
+    }
+
+    /// Whether the exit code is 1.
+    fn needs_person(&self, loaded: &Loaded) -> bool {
+        let silent_after_ms = silent_after_ms(loaded);
+        let tables = &loaded.config.tables;
+        let unread = tables
+            .iter()
+            .any(|table| !self.open().any(|row| row.table == table.name));
+        let feeds = self
+            .control
+            .as_ref()
+            .is_none_or(|control| control.active != loaded.here);
+        !self.gaps.is_empty()
+            || !self.pauses.is_empty()
+            || self.doubts_by_table().values().any(|d| d.overdue > 0)
+            || self.orphans(silent_after_ms).next().is_some()
+            || self
+                .open()
+                .any(|row| silence_s(row, silent_after_ms).is_some())
+            || (unread && feeds)
+    }
+
     /// Leaves out what nobody follows any more: tables no longer in the file, other epochs, and
-    /// streams that were re-created (their gap says so). Stream labels are times, so the highest is
-    /// the newest.
+    /// what is finished of streams that were re-created. What is not finished of them comes before
+    /// the new stream. Stream labels are times, so the highest is the newest.
     fn keep_current(&mut self, loaded: &Loaded) {
         let epoch = self.control.as_ref().map(|control| control.epoch);
-        self.shards.retain(|row| {
-            epoch.is_none_or(|epoch| row.epoch == epoch)
-                && loaded.config.tables.iter().any(|t| t.name == row.table)
-        });
+        let follows = |table: &str| loaded.config.tables.iter().any(|t| t.name == table);
+        let current = |row_epoch: u64| epoch.is_none_or(|epoch| row_epoch == epoch);
+        self.shards
+            .retain(|row| current(row.epoch) && follows(&row.table));
+        self.doubts
+            .retain(|row| current(row.epoch) && follows(&row.table));
+        let of_file = |row: &PauseRow| row.table.as_deref().is_none_or(follows);
+        self.pauses.retain(of_file);
         let mut newest: BTreeMap<String, String> = BTreeMap::new();
         for row in &self.shards {
             let label = stream_label(&row.stream_arn);
@@ -124,7 +174,8 @@ impl Found {
             }
         }
         self.shards.retain(|row| {
-            newest.get(&row.table).map(String::as_str) == Some(stream_label(&row.stream_arn))
+            !row.is_finished()
+                || newest.get(&row.table).map(String::as_str) == Some(stream_label(&row.stream_arn))
         });
     }
 
@@ -137,105 +188,118 @@ impl Found {
     /// parent without an owner, and rightly so; at a rotation or a deploy nobody owns a shard for a
     /// moment.
     fn orphans(&self, after_ms: i64) -> impl Iterator<Item = &ShardRow> {
-        self.open().filter(move |row| {
-            let waits = self.open().any(|parent| {
-                parent.stream_arn == row.stream_arn
-                    && row.parent_shard_id.contains(&parent.shard_id)
-            });
+        let epoch = self.shards.first().map_or(0, |row| row.epoch);
+        readable(&self.shards, epoch).filter(move |row| {
             let since_ms = row.updated_at.unwrap_or(row.created_at);
-            row.lease_owner.is_none() && !waits && host_ms() - since_ms > after_ms
+            row.lease_owner.is_none() && host_ms() - since_ms > after_ms
         })
     }
-}
 
-fn as_json(loaded: &Loaded, found: &Found) -> Value {
-    json!({
-        "version": 1,
-        "group": loaded.config.group,
-        "here": loaded.here,
-        "active": found.control.as_ref().map(|control| &control.active),
-        "epoch": found.control.as_ref().map(|control| control.epoch),
-        "finishedShards": found.shards.len() - found.open().count(),
-        "shards": found.open().map(|row| json!({
-            "table": row.table,
-            "shard": row.shard_id,
-            "epoch": row.epoch,
-            "owner": row.lease_owner,
-            "checkpoint": row.checkpoint,
-            "appliedUntil": row.watermark.map(rfc3339),
-            "headroomSeconds": headroom_s(row),
-            "ownerSilentSeconds": silence_s(row, silent_after_ms(loaded)),
-        })).collect::<Vec<_>>(),
-        "gaps": found.gaps.iter().map(|gap| json!({
-            "table": gap.table,
-            "reason": gap.reason.label(),
-            "detail": gap.detail,
-            "at": gap.at,
-            "next": gap.reason.next_step(),
-        })).collect::<Vec<_>>(),
-    })
-}
-
-fn as_text(loaded: &Loaded, found: &Found) -> String {
-    let mut lines = Vec::new();
-    let active = match &found.control {
-        Some(control) => format!("active {} (epoch {})", control.active, control.epoch),
-        None => "no control record".to_owned(),
-    };
-    lines.push(format!(
-        "group {}, here {}, {active}",
-        loaded.config.group, loaded.here
-    ));
-    for table in &loaded.config.tables {
-        let open: Vec<&ShardRow> = found.open().filter(|row| row.table == table.name).collect();
-        let finished = found
-            .shards
-            .iter()
-            .filter(|row| row.table == table.name && row.is_finished())
-            .count();
-        lines.push(format!(
-            "\n{}: {} open shard(s), {finished} finished{}",
-            table.name,
-            open.len(),
-            if open.is_empty() {
-                ": NOBODY READS IT"
-            } else {
-                ""
-            }
-        ));
-        for row in open {
-            let silence = silence_s(row, silent_after_ms(loaded)).map_or_else(String::new, |s| {
-                format!("  SILENT for {s} s: is its worker dead?")
+    fn doubts_by_table(&self) -> BTreeMap<&str, Doubts> {
+        let mut tables = BTreeMap::new();
+        for row in &self.doubts {
+            let doubts = tables.entry(row.table.as_str()).or_insert(Doubts {
+                open: 0,
+                until_ms: i64::MIN,
+                overdue: 0,
             });
-            lines.push(format!(
-                "  {}  {}  {}  owner {}{silence}",
-                row.shard_id,
-                progress(row),
-                headroom_s(row).map_or_else(
-                    || "headroom unknown".to_owned(),
-                    |s| format!("{} h until the stream forgets", s / 3_600)
-                ),
-                row.lease_owner.as_deref().unwrap_or("none"),
-            ));
+            doubts.open += 1;
+            doubts.until_ms = doubts.until_ms.max(row.until);
+            doubts.overdue += usize::from(row.until + DOUBT_PATIENCE_MS < self.now_ms);
         }
-        for gap in found.gaps.iter().filter(|gap| gap.table == table.name) {
-            lines.push(format!(
-                "  GAP {} since {}: records were never applied. {}.",
-                gap.reason.label(),
-                gap.at,
-                gap.reason.next_step()
-            ));
-        }
+        tables
     }
-    lines.join("\n")
+
+    /// How many open shards a worker owns.
+    fn held_by(&self, worker: &str) -> usize {
+        self.open()
+            .filter(|row| row.lease_owner.as_deref().map(worker_of) == Some(worker))
+            .count()
+    }
 }
 
-fn progress(row: &ShardRow) -> String {
-    match row.watermark {
-        Some(watermark) => {
-            let age = (host_ms() - watermark).max(0) / 1_000;
-            format!("applied until {} ({age} s ago)", rfc3339(watermark))
-        }
-        None => format!("at {}", row.checkpoint),
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::read::parse;
+    use crate::lease::row::DoubtCause;
+    use crate::stream::ShardId;
+    use crate::stream::reader::Position;
+
+    fn loaded() -> Loaded {
+        let text = r#"
+            group = "g"
+            active = "us-east-1"
+            here = "us-west-2"
+            regions.us-east-1 = {}
+            regions.us-west-2 = {}
+            tables = [{ name = "orders" }]
+            dead_letters.directory = "letters"
+        "#;
+        parse("test", text, &[]).unwrap()
+    }
+
+    fn shard(label: &str, id: &str) -> ShardRow {
+        let arn = format!("arn:aws:dynamodb:r:1:table/orders/stream/{label}");
+        let shard = ShardId(id.to_owned());
+        let start = Position::TrimHorizon;
+        let mut row = ShardRow::new(1, "orders", &arn, &shard, None, &start, 0);
+        row.lease_owner = Some("host-1#a.1".to_owned());
+        row.updated_at = Some(host_ms());
+        row
+    }
+
+    fn doubt(until: i64) -> Row {
+        let (shard, start) = (ShardId("s".to_owned()), Position::TrimHorizon);
+        let cause = DoubtCause::Unanswered;
+        let at = String::new();
+        Row::Doubt(DoubtRow::new(
+            1, "orders", "arn/1", &shard, cause, &start, until, at,
+        ))
+    }
+
+    /// Whether status exits with 1 given a healthy shard and `more`, at the time 0.
+    fn needs_person(more: Vec<Row>) -> bool {
+        let loaded = loaded();
+        let mut rows = vec![Row::Shard(shard("1", "s"))];
+        rows.extend(more);
+        Found::new(rows, &loaded, 0).needs_person(&loaded)
+    }
+
+    #[test]
+    fn a_doubt_needs_a_person_only_when_it_is_long_overdue() {
+        assert!(!needs_person(vec![doubt(1_000), doubt(-DOUBT_PATIENCE_MS)]));
+        assert!(needs_person(vec![
+            doubt(1_000),
+            doubt(-DOUBT_PATIENCE_MS - 1)
+        ]));
+    }
+
+    #[test]
+    fn a_closed_tap_needs_a_person_and_one_opened_again_does_not() {
+        let mut pause = PauseRow::new(Some("orders"), "a", "b", "c".to_owned());
+        assert!(needs_person(vec![Row::Pause(pause.clone())]));
+        pause.resumed = Some(crate::lease::row::Resumed {
+            by: "a".to_owned(),
+            reason: "b".to_owned(),
+            at: "d".to_owned(),
+        });
+        assert!(!needs_person(vec![Row::Pause(pause)]));
+    }
+
+    #[test]
+    fn an_older_stream_is_shown_until_it_is_finished() {
+        let loaded = loaded();
+        let old = |checkpoint: &str| {
+            let mut row = shard("1", "old");
+            checkpoint.clone_into(&mut row.checkpoint);
+            row
+        };
+        let shown = |old: ShardRow| {
+            let rows = vec![Row::Shard(old), Row::Shard(shard("2", "new"))];
+            Found::new(rows, &loaded, 0).shards.len()
+        };
+        assert_eq!(shown(old("7")), 2);
+        assert_eq!(shown(old(crate::lease::row::SHARD_END)), 1);
     }
 }

@@ -8,7 +8,9 @@ pub mod clock;
 mod failpoint;
 pub mod item;
 pub mod json;
+pub mod pause;
 pub mod table;
+pub mod transmit;
 pub mod value;
 
 use std::collections::BTreeMap;
@@ -123,6 +125,7 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
     let clock = Arc::new(ServiceClock::default());
     let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12())
         .region(aws_config::Region::new(name.clone()))
+        .http_client(transmit::http_client())
         .retry_config(RetryConfig::disabled())
         .timeout_config(
             TimeoutConfig::builder()
@@ -158,13 +161,6 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
         .interceptor(ClockInterceptor::new(Arc::clone(&clock)));
     let mut streams = aws_sdk_dynamodbstreams::config::Builder::from(&sdk)
         .interceptor(ClockInterceptor::new(Arc::clone(&clock)));
-    #[cfg(feature = "failpoints")]
-    if let Some(failpoint) = failpoint::Failpoint::from_environment() {
-        let failpoint =
-            aws_smithy_runtime_api::client::interceptors::SharedInterceptor::new(failpoint);
-        tables = tables.interceptor(failpoint.clone());
-        streams = streams.interceptor(failpoint);
-    }
     if let Some(url) = &region.endpoint_url {
         tables = tables.endpoint_url(url);
         streams = streams.endpoint_url(url);

@@ -112,10 +112,62 @@ pub fn canonical_number(text: &str) -> String {
     format!("{}0.{significant}e{point}", if negative { "-" } else { "" })
 }
 
+/// Whether two items are the same to DynamoDB: numbers by value, sets in any order.
+pub fn same_item(a: &Item, b: &Item) -> bool {
+    a.len() == b.len()
+        && a.iter()
+            .all(|(name, value)| b.get(name).is_some_and(|other| same_value(value, other)))
+}
+
+fn same_value(a: &AttributeValue, b: &AttributeValue) -> bool {
+    use AttributeValue::{B, Bs, L, M, N, Ns, Ss};
+    fn sorted<T: Ord>(set: impl Iterator<Item = T>) -> Vec<T> {
+        let mut set: Vec<T> = set.collect();
+        set.sort_unstable();
+        set
+    }
+    match (a, b) {
+        (N(a), N(b)) => a == b || canonical_number(a) == canonical_number(b),
+        (Ns(a), Ns(b)) => {
+            sorted(a.iter().map(|n| canonical_number(n)))
+                == sorted(b.iter().map(|n| canonical_number(n)))
+        }
+        (Ss(a), Ss(b)) => sorted(a.iter()) == sorted(b.iter()),
+        (Bs(a), Bs(b)) => {
+            sorted(a.iter().map(|x| x.as_ref())) == sorted(b.iter().map(|x| x.as_ref()))
+        }
+        (B(a), B(b)) => a == b,
+        (L(a), L(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same_value(a, b)),
+        (M(a), M(b)) => same_item(a, b),
+        (a, b) => a == b,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn items_are_the_same_whatever_the_spelling_of_numbers_and_the_order_of_sets() {
+        let item = |number: &str, set: [&str; 2]| {
+            let inner = Item::from([("n".to_owned(), AttributeValue::N(number.to_owned()))]);
+            Item::from([
+                (
+                    "l".to_owned(),
+                    AttributeValue::L(vec![AttributeValue::M(inner)]),
+                ),
+                (
+                    "s".to_owned(),
+                    AttributeValue::Ss(set.map(str::to_owned).to_vec()),
+                ),
+            ])
+        };
+        assert!(same_item(&item("1.0", ["a", "b"]), &item("1", ["b", "a"])));
+        assert!(!same_item(&item("1.1", ["a", "b"]), &item("1", ["b", "a"])));
+        assert!(!same_item(&item("1", ["a", "c"]), &item("1", ["b", "a"])));
+        assert!(!same_item(&item("1", ["a", "c"]), &Item::new()));
+    }
 
     #[test]
     fn equal_numbers_have_one_spelling() {

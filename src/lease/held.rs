@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::row::{SHARD_END, ShardRow};
 use super::rules::{Refused, after_refusal, take_name};
 use super::table::{StateTable, Written};
-use crate::dynamo::clock::host_ms;
+use crate::dynamo::clock::{host_ms, uptime};
+use crate::dynamo::transmit::Bound;
 use crate::error::{Class, Fault, Operation};
 use crate::stream::ShardId;
 use crate::stream::sequence::SequenceNumber;
@@ -34,8 +35,9 @@ pub struct Lease {
     duration: Duration,
     /// The row as this process last knew it. The lock makes updates of one row follow each other.
     row: Mutex<ShardRow>,
-    /// Until when the lease is good, by this host's monotonic clock.
-    valid_until: StdMutex<Instant>,
+    /// Until when the lease is good, as this machine's uptime: a clock that goes on while the
+    /// machine is suspended.
+    valid_until: StdMutex<Duration>,
     /// What every update of the row says of the shard's position.
     progress: StdMutex<Progress>,
     /// Cancelled when somebody else has the lease.
@@ -63,7 +65,7 @@ impl Lease {
         row.lease_counter += 1;
         row.owner_switches_since_checkpoint += 1;
         row.updated_at = Some(host_ms());
-        let sent = Instant::now();
+        let sent = uptime();
         match state.replace(&row, known_counter).await? {
             Written::Refused => Ok(None),
             Written::Yes => Ok(Some(Arc::new(Self {
@@ -96,19 +98,6 @@ impl Lease {
     /// Cancelled once somebody else has the lease.
     pub fn lost(&self) -> &CancellationToken {
         &self.lost
-    }
-
-    /// How long the lease is still good. Zero when expired or lost.
-    pub fn remaining(&self) -> Duration {
-        if self.lost.is_cancelled() {
-            return Duration::ZERO;
-        }
-        // A poisoned lock still holds a whole instant.
-        let until = *self
-            .valid_until
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        until.saturating_duration_since(Instant::now())
     }
 
     /// Takes note of where the shard stands. The next update of the row says so, and every renewal
@@ -183,7 +172,7 @@ impl Lease {
             change(&mut next);
             next.lease_counter = known.lease_counter + 1;
             next.updated_at = Some(host_ms());
-            let sent = Instant::now();
+            let sent = uptime();
             match self.state.replace(&next, known.lease_counter).await? {
                 Written::Yes => {
                     *known = next;
@@ -220,7 +209,7 @@ impl Lease {
         ))
     }
 
-    fn extend(&self, sent: Instant) {
+    fn extend(&self, sent: Duration) {
         let mut until = self
             .valid_until
             .lock()
@@ -238,12 +227,12 @@ impl Lease {
                 () = self.lost.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
             }
-            let sent = Instant::now();
+            let sent = uptime();
             match self.renew().await {
                 Ok(()) => {
                     report(Ok(()));
                     // Counted from before it was sent, as the lease is.
-                    pause = (self.duration / 3).saturating_sub(sent.elapsed());
+                    pause = (self.duration / 3).saturating_sub(uptime().saturating_sub(sent));
                 }
                 Err(_) if self.lost.is_cancelled() => return,
                 Err(fault) => {
@@ -253,5 +242,20 @@ impl Lease {
                 }
             }
         }
+    }
+}
+
+impl Bound for Lease {
+    /// How long the lease is still good. Zero when expired or lost.
+    fn remaining(&self) -> Duration {
+        if self.lost.is_cancelled() {
+            return Duration::ZERO;
+        }
+        // A poisoned lock still holds a whole time.
+        let until = *self
+            .valid_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        until.saturating_sub(uptime())
     }
 }

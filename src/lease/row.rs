@@ -6,7 +6,7 @@ mod fleet;
 use serde::{Deserialize, Serialize};
 
 pub use doubt::{DoubtCause, DoubtRow};
-pub use fleet::{PauseRow, WorkerRow};
+pub use fleet::{PauseRow, Resumed, WorkerRow};
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;

@@ -6,7 +6,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::row::{
-    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, Row, ShardRow, StreamRow,
+    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, PauseRow, Row, ShardRow,
+    StreamRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -101,6 +102,18 @@ impl StateTable {
         match self.get(super::row::CONTROL_KEY).await? {
             Some(Row::Control(row)) => Ok(Some(row)),
             Some(_) => Err(unreadable("the control key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    /// The pause of `table`, or of all tables, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn pause(&self, table: Option<&str>) -> Result<Option<PauseRow>, Fault> {
+        match self.get(&PauseRow::key(table)).await? {
+            Some(Row::Pause(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("a pause's key holds another kind of row")),
             None => Ok(None),
         }
     }

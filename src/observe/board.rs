@@ -98,8 +98,13 @@ impl Board {
 
     /// Sets the gauges of every table from its worst shard. `open` are all unfinished shards of the
     /// state table, with the moment up to which each is proven: one that nobody here owns counts
-    /// as well. `now_ms` is the source's clock.
-    pub fn publish<'a>(&self, open: impl Iterator<Item = (&'a str, &'a str, i64)>, now_ms: i64) {
+    /// as well. `now_ms` is the source's clock. Returns the headroom of every table, in seconds.
+    pub fn publish<'a>(
+        &self,
+        open: impl Iterator<Item = (&'a str, &'a str, i64)>,
+        now_ms: i64,
+    ) -> BTreeMap<String, f64> {
+        let mut headrooms = BTreeMap::new();
         let ours = self.shards();
         let mut all = ours.clone();
         for (table, shard, proven_ms) in open {
@@ -115,8 +120,10 @@ impl Board {
             let headroom = shards.values().filter_map(|s| s.headroom_s(now_ms));
             if let (Some(age), Some(headroom)) = (age.reduce(f64::max), headroom.reduce(f64::min)) {
                 super::metrics::position(table, age, headroom);
+                headrooms.insert(table.clone(), headroom);
             }
         }
+        headrooms
     }
 
     /// Adds to a total.

@@ -3,12 +3,17 @@
 //! An outage is two events, not two thousand: one when it begins and one when it ends, whatever
 //! the number of shards and retries in between.
 
+mod signs;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+pub use signs::{TableDoubts, TableTap};
+
+use super::liveness::Ledger;
 use crate::error::{Fault, Policy};
 use crate::lease::row::GapReason;
 
@@ -47,7 +52,8 @@ impl Scope {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Reason {
-    /// What kind: `starting`, `outage-source`, `gap-never-copied`, `table-stopped` and so on.
+    /// What kind: `starting`, `outage-source`, `gap-never-copied`, `table-stopped`, `paused`,
+    /// `shard-stalled` and so on.
     pub code: String,
     /// The table, where it is one table's.
     pub table: String,
@@ -76,6 +82,14 @@ struct State {
     starting: BTreeSet<String>,
     standby: Option<String>,
     heartbeat: Option<Instant>,
+    /// Closed taps, by table.
+    taps: BTreeMap<String, TableTap>,
+    /// Doubts, by table.
+    doubts: BTreeMap<String, TableDoubts>,
+    /// The signs of life of a worker that feeds.
+    ledger: Option<Ledger>,
+    /// What was missing when last looked, by code and table.
+    missing: BTreeSet<(&'static str, String)>,
 }
 
 /// The health of this worker. Shared by everything that runs in it.
@@ -270,6 +284,7 @@ impl Health {
                 next: next.clone(),
             });
         }
+        state.more_reasons(&mut reasons, Instant::now());
         reasons
     }
 }

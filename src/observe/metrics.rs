@@ -6,6 +6,7 @@ use metrics::{
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Class, Failure};
+use crate::lease::row::DoubtCause;
 use crate::stream::change::Event;
 
 /// What a metric is.
@@ -59,6 +60,12 @@ const THROTTLED: &str = "farshore_throttles_total";
 const RETRIED: &str = "farshore_retries_total";
 const LEASES: &str = "farshore_leases_held";
 const GAPS: &str = "farshore_gaps_open";
+const DOUBTED: &str = "farshore_doubts_total";
+const REPAIRED: &str = "farshore_doubts_repaired_total";
+const REPAIR_WRITES: &str = "farshore_repair_writes_total";
+const PAUSED: &str = "farshore_paused";
+const DOUBTS: &str = "farshore_doubts_open";
+const RESTARTED: &str = "farshore_task_restarts_total";
 const READY: &str = "farshore_ready";
 
 /// All metrics.
@@ -79,7 +86,7 @@ pub const METRICS: &[Metric] = &[
         HEADROOM,
         Kind::Gauge,
         "table",
-        "Seconds until the stream forgets (after 24 h) the oldest position not known to be applied, over all shards. Falls while the source or the replica cannot be reached.",
+        "Seconds until the stream forgets (after 24 h) the oldest position not known to be applied, over all shards. Falls while the source or the replica cannot be reached, and while the tap is closed.",
     ),
     metric(
         RECORDS,
@@ -137,6 +144,42 @@ pub const METRICS: &[Metric] = &[
         "Gaps open: records that were never applied and are not repaired yet.",
     ),
     metric(
+        DOUBTED,
+        Kind::Counter,
+        "table, cause",
+        "Ranges put in doubt because writes may still take effect: `unanswered`, or `not-released` when a lease was taken from a dead owner.",
+    ),
+    metric(
+        REPAIRED,
+        Kind::Counter,
+        "table",
+        "Doubts settled: every key of their range was found or made as in the source.",
+    ),
+    metric(
+        REPAIR_WRITES,
+        Kind::Counter,
+        "table",
+        "Items that a repair had to put or delete because the replica differed.",
+    ),
+    metric(
+        DOUBTS,
+        Kind::Gauge,
+        "table",
+        "Ranges of records whose writes may still take effect late; each is repaired once that is over.",
+    ),
+    metric(
+        PAUSED,
+        Kind::Gauge,
+        "table",
+        "1 while a person has closed the tap of the table, else 0.",
+    ),
+    metric(
+        RESTARTED,
+        Kind::Counter,
+        "task",
+        "Tasks of the worker that died or stood still, and were started again: `shard`, `reader`, `stream`, `table`, `rows`.",
+    ),
+    metric(
         READY,
         Kind::Gauge,
         "",
@@ -184,12 +227,44 @@ pub fn begin(table: &str) {
     for event in [Event::Insert, Event::Modify, Event::Remove] {
         counter!(RECORDS, "table" => table.to_owned(), "event" => event.name()).absolute(0);
     }
-    for name in [COALESCED, WRITTEN, UNITS, THROTTLED] {
+    for cause in [DoubtCause::Unanswered, DoubtCause::NotReleased] {
+        counter!(DOUBTED, "table" => table.to_owned(), "cause" => cause.label()).absolute(0);
+    }
+    for name in [
+        COALESCED,
+        WRITTEN,
+        UNITS,
+        THROTTLED,
+        REPAIRED,
+        REPAIR_WRITES,
+    ] {
         counter!(name, "table" => table.to_owned()).absolute(0);
     }
     for class in [Class::Validation, Class::CollectionFull, Class::Undecodable] {
         counter!(DEAD_LETTERED, "table" => table.to_owned(), "class" => class.label()).absolute(0);
     }
+}
+
+/// Makes the worker's counters exist before their first event.
+pub fn begin_worker() {
+    for task in ["shard", "reader", "stream", "table", "rows"] {
+        counter!(RESTARTED, "task" => task).absolute(0);
+    }
+}
+
+/// A task of this kind died or stood still, and is started again.
+pub fn task_restarted(task: &'static str) {
+    counter!(RESTARTED, "task" => task).increment(1);
+}
+
+/// Whether a person has closed the tap of `table`.
+pub fn paused(table: &str, paused: bool) {
+    gauge!(PAUSED, "table" => table.to_owned()).set(f64::from(u8::from(paused)));
+}
+
+/// Doubts of `table`.
+pub fn doubts_open(table: &str, doubts: usize) {
+    gauge!(DOUBTS, "table" => table.to_owned()).set(doubts as f64);
 }
 
 /// A record is finished.
@@ -247,6 +322,17 @@ pub fn gaps_open(table: &str, reason: &'static str, gaps: usize) {
 pub fn position(table: &str, iterator_age: f64, headroom: f64) {
     gauge!(ITERATOR_AGE, "table" => table.to_owned()).set(iterator_age);
     gauge!(HEADROOM, "table" => table.to_owned()).set(headroom);
+}
+
+/// A range was put in doubt.
+pub fn doubted(table: &str, cause: DoubtCause) {
+    counter!(DOUBTED, "table" => table.to_owned(), "cause" => cause.label()).increment(1);
+}
+
+/// A doubt was settled with `writes` items put or deleted.
+pub fn repaired(table: &str, writes: usize) {
+    counter!(REPAIRED, "table" => table.to_owned()).increment(1);
+    counter!(REPAIR_WRITES, "table" => table.to_owned()).increment(writes as u64);
 }
 
 /// Whether the worker is ready.

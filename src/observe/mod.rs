@@ -2,5 +2,7 @@
 
 pub mod board;
 pub mod health;
+pub mod liveness;
 pub mod metrics;
+pub mod pulse;
 pub mod server;

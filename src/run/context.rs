@@ -13,8 +13,8 @@ use crate::backoff::Backoff;
 use crate::config::{Config, Table};
 use crate::dead_letter::Store;
 use crate::dynamo::RegionClients;
-use crate::dynamo::table::KeyPart;
 use crate::error::{Fault, Policy};
+use crate::lease::doubts::until_ms;
 use crate::lease::row::{GapRow, ShardRow};
 use crate::lease::table::{StateTable, record_gap};
 use crate::observe::board::Board;
@@ -45,8 +45,9 @@ pub struct Shared {
     pub target: RegionClients,
     /// The state table.
     pub state: StateTable,
-    /// Primary key of every source table, by the table's name in the configuration.
-    pub keys: BTreeMap<String, Vec<KeyPart>>,
+    /// Writes to every replica, by the table's name in the configuration: replay and repair share
+    /// its budget.
+    pub writers: BTreeMap<String, Arc<Writer>>,
     /// Where dead letters go.
     pub dead_letters: Store,
     /// Dead letters on their way at once. Without a bound, mass poison would take every thread and
@@ -65,6 +66,12 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Until when a write given up now may take effect, by the replica region's clock.
+    pub fn doubt_until_ms(&self) -> i64 {
+        let late_effect = self.config.leases.late_effect;
+        until_ms(self.target.clock.now_ms(), late_effect)
+    }
+
     /// Stores a gap row, however long it takes. `part` is what health knows the caller by.
     pub async fn store_gap(&self, gap: &GapRow, part: &str) {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
@@ -101,6 +108,17 @@ pub struct TableContext {
 }
 
 impl TableContext {
+    /// For the stream `stream_arn` of `table`; `None` for a table that is not configured.
+    pub fn of(shared: &Arc<Shared>, table: &Table, stream_arn: &str) -> Option<Arc<Self>> {
+        let writer = shared.writers.get(&table.name)?;
+        Some(Arc::new(Self {
+            writer: Arc::clone(writer),
+            shared: Arc::clone(shared),
+            table: table.clone(),
+            stream_arn: stream_arn.to_owned(),
+        }))
+    }
+
     /// Makes the row of a shard that starts at `start`. One that is there already is as good.
     ///
     /// # Errors

@@ -6,12 +6,15 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
+use crate::dynamo::clock::uptime;
 use crate::lease::row::{
     ControlRow, DoubtRow, GapRow, PauseRow, Row, ShardRow, StreamRow, WorkerRow,
 };
 use crate::lease::rules::Observer;
 use crate::lease::table::StateTable;
+use crate::mutation::trouble;
 use crate::observe::health::{Health, Scope};
+use crate::observe::pulse::Pulse;
 
 /// The state table as read at one moment.
 #[derive(Debug, Default)]
@@ -30,6 +33,8 @@ pub struct Snapshot {
     pub control: Option<ControlRow>,
     /// When the reading of it began.
     pub begun: Option<Instant>,
+    /// The same moment by [`uptime`], which runs on while the machine is suspended.
+    pub begun_uptime: Option<Duration>,
     /// Keys of the leases that may be taken.
     pub takeable: HashSet<String>,
     /// Whether it has been read at all.
@@ -45,18 +50,27 @@ pub async fn watch_rows(
     health: Arc<Health>,
 ) {
     let mut observer = Observer::default();
-    // A third of a lease: an expired one is seen within 4/3 of its duration.
-    let pause = duration / 3;
+    let pulse = Pulse::start(&health, "", "rows");
     loop {
-        let begun = Instant::now();
+        pulse.beat();
+        trouble("rows").await;
+        let (begun, begun_uptime) = (Instant::now(), uptime());
+        // A third of a lease: an expired one is seen within 4/3 of its duration. After a failure
+        // sooner: taps close once the last reading is a lease old.
+        let mut pause = duration / 3;
         match state.rows().await {
             Ok(rows) => {
                 health.succeeded(Scope::State, "", "rows");
                 let mut snapshot = digest(rows, &mut observer, duration, &health);
                 snapshot.begun = Some(begun);
+                snapshot.begun_uptime = Some(begun_uptime);
+                health.rows_read(begun);
                 snapshots.send_replace(Arc::new(snapshot));
             }
-            Err(fault) => health.failed(Scope::State, "", "rows", &fault),
+            Err(fault) => {
+                health.failed(Scope::State, "", "rows", &fault);
+                pause = duration / 10;
+            }
         }
         tokio::select! {
             () = rescan.notified() => {}

@@ -11,16 +11,22 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::context::TableContext;
+use super::doubts::{ShardDoubts, store_inherited};
 use super::letter::Letter;
 use super::source::{Read, read_shard};
+use super::tap::Gate;
+use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
 use crate::apply::coalesce::{Op, SlotId, Window};
 use crate::backoff::Backoff;
 use crate::config::TtlDeletes;
 use crate::dynamo::item::ItemKey;
+use crate::dynamo::transmit::Bound;
 use crate::error::{Class, Fault, Operation};
+use crate::lease::doubts::Range;
 use crate::lease::held::{Lease, Progress};
-use crate::lease::row::ShardRow;
+use crate::lease::row::{DoubtRow, ShardRow};
+use crate::mutation::trouble;
 use crate::observe::board::{Board, Standing};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -35,7 +41,8 @@ pub enum Ended {
     Finished,
     /// Drained, checkpointed and given up, as asked.
     Released,
-    /// Drained and checkpointed, but a write got no answer: the lease is left to expire.
+    /// Asked to stop before the doubt about its last owner could be stored: the lease is left to
+    /// expire, so that whoever takes it stores that doubt.
     Kept,
     /// Another worker has the lease.
     Lost,
@@ -54,18 +61,28 @@ struct Delivered {
     class: Class,
 }
 
+/// How storing a checkpoint ended.
+struct Checkpointed {
+    sequence: SequenceNumber,
+    /// The doubt stored before it.
+    doubt: Option<(Range, DoubtRow)>,
+    result: Result<(), Fault>,
+}
+
 /// The state of one shard's consumption.
 struct Consumer<'a> {
     context: &'a Arc<TableContext>,
     lease: &'a Arc<Lease>,
     stop: &'a CancellationToken,
-    /// While draining a write got no answer: it may still take effect.
-    unsure: bool,
     shard: String,
+    /// Where it began to read.
+    start: Position,
+    /// What may still take effect and is not stored as a doubt yet.
+    doubts: ShardDoubts,
     window: Window,
     writes: FuturesUnordered<Later<'a, Sent>>,
     letters: FuturesUnordered<Later<'a, Delivered>>,
-    checkpointing: Option<Later<'a, (SequenceNumber, Result<(), Fault>)>>,
+    checkpointing: Option<Later<'a, Checkpointed>>,
     /// The sequence number last stored.
     stored: Option<SequenceNumber>,
     /// Records made before this time are left out, in milliseconds.
@@ -76,23 +93,36 @@ struct Consumer<'a> {
     standing: Standing,
     /// The last position taken in; a record without one of its own stands there.
     last_sequence: Option<SequenceNumber>,
+    /// Whether writes may start.
+    gate: Gate,
+    vital: Vital,
 }
 
 /// Consumes the shard of `lease` until its end, until `stop` asks to drain, or until the lease is
-/// lost.
+/// lost. `inherited` is what the owner before left in doubt: it is stored before anything is read.
 pub async fn consume(
     context: Arc<TableContext>,
     lease: Arc<Lease>,
     row: ShardRow,
     position: Position,
+    inherited: Option<Range>,
     stop: CancellationToken,
 ) -> Ended {
+    if let Some(range) = inherited {
+        let stored = store_inherited(&context, lease.shard(), &range);
+        tokio::select! {
+            biased;
+            () = lease.lost().cancelled() => return Ended::Lost,
+            () = stored => {}
+            () = stop.cancelled() => return Ended::Kept,
+        }
+    }
     let (pages, mut reads) = mpsc::channel(1);
     let reader = tokio::spawn(read_shard(
         Arc::clone(&context),
         row.stream_arn.clone(),
         lease.shard().clone(),
-        position,
+        position.clone(),
         row.proven_ms(),
         pages,
     ));
@@ -102,8 +132,9 @@ pub async fn consume(
         context: &context,
         lease: &lease,
         stop: &stop,
-        unsure: false,
         shard: lease.shard().0.clone(),
+        start: position,
+        doubts: ShardDoubts::default(),
         window: Window::new(context.shared.config.coalesces(&context.table)),
         writes: FuturesUnordered::new(),
         letters: FuturesUnordered::new(),
@@ -117,6 +148,8 @@ pub async fn consume(
             applied_until_ms: row.watermark,
         },
         last_sequence: None,
+        gate: Gate::new(&context.shared, &context.table.name, &stop),
+        vital: Vital::new(&context, &lease.shard().0),
     };
     let ended = consumer.run(&mut reads).await;
     drop(consumer);
@@ -138,13 +171,14 @@ impl<'a> Consumer<'a> {
         let mut draining = false;
         let mut at_end = false;
         loop {
+            trouble("shard").await;
             if stop.is_cancelled() && !draining {
                 draining = true;
                 reads.close();
             }
             // Draining, nothing new is sent: what is not durable yet is read again by the next
             // owner, and a shard must not keep its lease for a slow replica's sake.
-            if !draining {
+            if self.gate.is_open() && !draining {
                 self.send();
             }
             let answered = self.writes.is_empty() && self.checkpointing.is_none();
@@ -167,6 +201,8 @@ impl<'a> Consumer<'a> {
                 _ = checkpoints.tick() => {
                     self.show();
                     self.checkpoint();
+                    let full = draining || at_end || self.window.bytes() >= read_ahead;
+                    self.live(full);
                 }
                 // 4. Answers make room and move the watermark.
                 Some(sent) = self.writes.next(), if !self.writes.is_empty() => self.on_sent(sent),
@@ -178,10 +214,13 @@ impl<'a> Consumer<'a> {
                 () = stop.cancelled(), if !draining => {}
                 // 7. A pause after a failure is over.
                 () = tokio::time::sleep_until(self.not_before.into()), if waits => {}
-                // 8. More records, as long as not too many wait.
+                // 8. The tap was opened or closed.
+                () = self.gate.moved() => {}
+                // 9. More records, as long as not too many wait.
                 read = reads.recv(), if !draining && !at_end && self.window.bytes() < read_ahead => {
                     match read {
                         Some(read) => {
+                            self.vital.read();
                             at_end = read.page.end;
                             self.admit(read);
                         }
@@ -193,6 +232,8 @@ impl<'a> Consumer<'a> {
                                 shard = self.shard,
                                 "the reader of a shard ended by itself; the shard starts over"
                             );
+                            let health = &self.context.shared.health;
+                            health.task_died("reader", &self.context.table.name);
                             draining = true;
                         }
                     }
@@ -250,6 +291,13 @@ impl<'a> Consumer<'a> {
         self.note_durable();
     }
 
+    /// Shows that the loop comes round. `full` says that nothing has to be read.
+    fn live(&mut self, full: bool) {
+        let rests = self.window.is_empty() || !self.gate.is_open();
+        let durable = self.window.durable().map(|durable| &durable.sequence);
+        self.vital.turned(durable, rests, full);
+    }
+
     /// Starts writes while there is something to send and room in flight.
     fn send(&mut self) {
         if Instant::now() < self.not_before {
@@ -261,9 +309,10 @@ impl<'a> Consumer<'a> {
             if ops.is_empty() {
                 break;
             }
-            let (context, lease, stop) = (self.context, self.lease, self.stop);
+            let (context, flow) = (self.context, self.gate.flow());
+            let bound: Arc<dyn Bound> = Arc::clone(self.lease) as _;
             self.writes.push(Box::pin(async move {
-                context.writer.write(lease, stop, ops).await
+                context.writer.write(&bound, &flow, ops).await
             }));
         }
     }
@@ -272,6 +321,15 @@ impl<'a> Consumer<'a> {
         let table = &self.context.table.name;
         let health = &self.context.shared.health;
         let mut applied_any = false;
+        // Before anything of it counts as durable: the range begins there.
+        if let Some(last) = &sent.unanswered {
+            let from = match self.window.durable() {
+                Some(durable) => Position::After(durable.sequence.clone()),
+                None => self.start.clone(),
+            };
+            self.doubts
+                .add(&from, last, self.context.shared.doubt_until_ms());
+        }
         for (op, outcome) in sent.outcomes {
             match outcome {
                 Outcome::Applied => {
@@ -298,9 +356,6 @@ impl<'a> Consumer<'a> {
                     _ => Scope::Replica,
                 };
                 health.failed(scope, table, &self.shard, &fault);
-                self.unsure |= self.stop.is_cancelled()
-                    && fault.operation == Operation::Write
-                    && matches!(fault.class, Class::Network | Class::Service);
                 if applied_any {
                     self.backoff.reset();
                 }
@@ -415,20 +470,37 @@ impl<'a> Consumer<'a> {
         }
         if let Some(sequence) = self.progress() {
             let lease = Arc::clone(self.lease);
+            let doubt = self.doubts.store(self.context, lease.shard());
             self.checkpointing = Some(Box::pin(async move {
+                // The checkpoint must not pass what is in doubt nowhere but here.
+                let doubt = match doubt.await {
+                    Ok(doubt) => doubt,
+                    Err(fault) => {
+                        return Checkpointed {
+                            sequence,
+                            doubt: None,
+                            result: Err(fault),
+                        };
+                    }
+                };
                 let result = lease.checkpoint(&sequence).await;
-                (sequence, result)
+                Checkpointed {
+                    sequence,
+                    doubt,
+                    result,
+                }
             }));
         }
     }
 
-    fn on_checkpointed(&mut self, (sequence, result): (SequenceNumber, Result<(), Fault>)) {
+    fn on_checkpointed(&mut self, done: Checkpointed) {
         self.checkpointing = None;
+        self.doubts.stored(done.doubt);
         let health = &self.context.shared.health;
         let table = &self.context.table.name;
-        match result {
+        match done.result {
             Ok(()) => {
-                self.stored = Some(sequence);
+                self.stored = Some(done.sequence);
                 health.succeeded(Scope::State, table, &self.shard);
             }
             // A lost lease shows in the main loop.
@@ -437,25 +509,17 @@ impl<'a> Consumer<'a> {
         }
     }
 
-    /// Stores the last checkpoint and gives the lease up. No write is in flight; dead letters that
-    /// were not delivered are made again by the next owner.
+    /// Stores what is in doubt and the last checkpoint, and gives the lease up. No answer is waited
+    /// for any more; dead letters that were not delivered are made again by the next owner.
     async fn release(&mut self) -> Ended {
         self.show();
         let table = &self.context.table.name;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
-            let result = match self.progress() {
-                // Whoever takes a released shard goes on at once. A write that may still arrive is
-                // given at least the lease.
-                None if self.unsure => return Ended::Kept,
-                Some(sequence) => match self.lease.checkpoint(&sequence).await {
-                    Ok(()) => {
-                        self.stored = Some(sequence);
-                        continue;
-                    }
-                    Err(fault) => Err(fault),
-                },
-                None => self.lease.release().await,
+            self.live(true);
+            let result = match self.store_progress().await {
+                Ok(()) => self.lease.release().await,
+                Err(fault) => Err(fault),
             };
             match result {
                 Ok(()) => return Ended::Released,
@@ -469,6 +533,22 @@ impl<'a> Consumer<'a> {
         }
     }
 
+    /// Stores what is in doubt, then how far everything is durable.
+    async fn store_progress(&mut self) -> Result<(), Fault> {
+        self.store_doubts().await?;
+        if let Some(sequence) = self.progress() {
+            self.lease.checkpoint(&sequence).await?;
+            self.stored = Some(sequence);
+        }
+        Ok(())
+    }
+
+    async fn store_doubts(&mut self) -> Result<(), Fault> {
+        let doubt = self.doubts.store(self.context, self.lease.shard()).await?;
+        self.doubts.stored(doubt);
+        Ok(())
+    }
+
     /// The shard is applied to its end: its children get their rows, then it says SHARD_END.
     async fn finish(&mut self, stop: &CancellationToken) -> Ended {
         let context = self.context;
@@ -476,13 +556,16 @@ impl<'a> Consumer<'a> {
         let shared = &context.shared;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
-            let row = self.lease.row().await;
+            self.vital.ends();
+            let lease = self.lease;
+            let row = lease.row().await;
             let step = async {
+                self.store_doubts().await?;
                 let children = context.children_of(&row).await?;
-                self.lease.finish(&children).await
+                lease.finish(&children).await
             };
             let result = tokio::select! {
-                () = self.lease.lost().cancelled() => return Ended::Lost,
+                () = lease.lost().cancelled() => return Ended::Lost,
                 result = step => result,
             };
             match result {

@@ -11,6 +11,7 @@ use crate::backoff::Backoff;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Fault, Policy};
 use crate::lease::row::{GapReason, GapRow, UNREAD_LIMIT_MS};
+use crate::mutation::trouble;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::stream::reader::{Page, Position, ShardReader};
@@ -55,6 +56,7 @@ pub async fn read_shard(
     let mut proven_ms = proven_ms;
     let mut expired = 0u32;
     loop {
+        trouble("reader").await;
         let asked_ms = source.clock.now_ms();
         // A position after a record is refused once it is trimmed; a start by name or time silently
         // begins at what is left. Unread for a day, it may have lost records.

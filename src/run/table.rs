@@ -11,17 +11,19 @@ use tokio_util::sync::CancellationToken;
 use super::context::{Shared, TableContext};
 use super::rows::Snapshot;
 use super::shard::{Ended, consume};
-use crate::apply::batch::Writer;
-use crate::apply::budget::Budget;
+use super::vital::{Farewell, beyond_repair};
 use crate::backoff::Backoff;
 use crate::config::{Start, Table};
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::error::{Class, Fault, Operation};
+use crate::lease::doubts::on_take;
 use crate::lease::held::Lease;
 use crate::lease::row::{FORMAT_VERSION, GapReason, GapRow, ShardRow, StreamRow};
+use crate::mutation::trouble;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
+use crate::observe::pulse::Pulse;
 use crate::stream::lineage::{Tracked, plan};
 use crate::stream::reader::Position;
 use crate::stream::{Shard, ShardId, stream_label};
@@ -41,34 +43,24 @@ struct Identity {
 /// Follows a table until `stop`: its current stream, and a new one when it is re-created. Returns
 /// whether all its shards were drained and released.
 pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationToken) -> bool {
-    let budget = Arc::new(Budget::new(shared.config.units_per_second(&table)));
-    let writer = Arc::new(Writer::new(
-        shared.target.tables.clone(),
-        table.name_in(&shared.target.label),
-        &table.name,
-        budget,
-        shared.config.dead_letters.max_attempts,
-        shared.keys.get(&table.name).cloned().unwrap_or_default(),
-    ));
     metrics::begin(&table.name);
     let mut streams: JoinSet<bool> = JoinSet::new();
     let mut current: Option<tokio::task::Id> = None;
     let mut followed: Option<(String, Option<String>)> = None;
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let pulse = Pulse::start(&shared.health, &table.name, "table");
     while !stop.is_cancelled() {
-        let pause = match until(&stop, identify(&shared, &table)).await {
+        pulse.beat();
+        trouble("table").await;
+        let pause = match pulse.during(until(&stop, identify(&shared, &table))).await {
             None => break,
             Some(Ok(identity)) => {
                 shared.health.succeeded(Scope::Source, &table.name, "table");
                 backoff.reset();
                 let accepted = until(&stop, accept(&shared, &table, &mut followed, identity));
-                if let Some(arn) = accepted.await.flatten() {
-                    let context = Arc::new(TableContext {
-                        shared: Arc::clone(&shared),
-                        table: table.clone(),
-                        stream_arn: arn,
-                        writer: Arc::clone(&writer),
-                    });
+                // Storing a gap reports by itself what holds it.
+                let arn = pulse.during(accepted).await.flatten();
+                if let Some(context) = arn.and_then(|arn| TableContext::of(&shared, &table, &arn)) {
                     shared.board.set_stream(&table.name, &context.stream_arn);
                     let table_id = followed.as_ref().and_then(|(_, id)| id.clone());
                     let task = streams.spawn(follow_stream(context, table_id, stop.clone()));
@@ -85,7 +77,7 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
         };
         tokio::select! {
             () = stop.cancelled() => {}
-            () = tokio::time::sleep(pause) => {}
+            () = pulse.sleep_until(Instant::now() + pause) => {}
             // A stream's task ends only when told to; otherwise it is started anew.
             Some(ended) = streams.join_next_with_id(), if !stop.is_cancelled() => {
                 let (id, panicked) = match &ended {
@@ -101,6 +93,7 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
                     panicked,
                     "the task of a stream ended by itself; it starts over"
                 );
+                shared.health.task_died("stream", &table.name);
                 // Another stream that is still followed must not be followed twice.
                 if current == Some(id) {
                     followed = None;
@@ -109,6 +102,7 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
             }
         }
     }
+    drop(pulse);
     let mut drained = true;
     while let Some(ended) = streams.join_next().await {
         drained &= ended.unwrap_or(false);
@@ -226,6 +220,7 @@ struct Stream {
     tasks: JoinSet<Ended>,
     /// What health knows the listing by: an old stream's trouble is not a new one's.
     part: String,
+    pulse: Arc<Pulse>,
     stop: CancellationToken,
 }
 
@@ -236,7 +231,9 @@ async fn follow_stream(
     stop: CancellationToken,
 ) -> bool {
     context.shared.health.set_starting(&context.table.name);
+    context.shared.health.listed(&context.table.name);
     let mut rows = context.shared.rows.clone();
+    let part = format!("listing {}", stream_label(&context.stream_arn));
     let mut stream = Stream {
         table_id,
         listing: Vec::new(),
@@ -245,7 +242,12 @@ async fn follow_stream(
         gone: BTreeSet::new(),
         running: HashMap::new(),
         unclean: false,
-        part: format!("listing {}", stream_label(&context.stream_arn)),
+        pulse: Arc::new(Pulse::start(
+            &context.shared.health,
+            &context.table.name,
+            &part,
+        )),
+        part,
         next_listing: Instant::now(),
         backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
         tasks: JoinSet::new(),
@@ -253,6 +255,8 @@ async fn follow_stream(
         context,
     };
     loop {
+        stream.pulse.beat();
+        trouble("stream").await;
         let snapshot = rows.borrow_and_update().clone();
         if snapshot.read {
             match stream.step(&snapshot).await {
@@ -284,12 +288,15 @@ async fn follow_stream(
                 }
             }
             // 4. A listing is due.
-            () = tokio::time::sleep_until(stream.next_listing.into()) => {}
+            () = stream.pulse.sleep_until(stream.next_listing) => {}
         }
     }
-    // Every shard's task has the same token: they drain by themselves.
+    // Every shard's task has the same token: they drain by themselves, within the grace.
     stream.unclean = false;
-    while let Some(ended) = stream.tasks.join_next_with_id().await {
+    while let Some(ended) = (stream.pulse)
+        .during(stream.tasks.join_next_with_id())
+        .await
+    {
         stream.on_ended(ended);
     }
     !stream.unclean
@@ -326,12 +333,13 @@ impl Stream {
         match ended {
             Ok((id, ended)) => {
                 let lease = self.running.remove(&id);
-                self.unclean |= ended == Ended::Lost;
+                self.unclean |= matches!(ended, Ended::Lost | Ended::Kept);
                 tracing::info!(table, lease, how = ?ended, "shard left");
             }
             Err(error) => {
                 let lease = self.running.remove(&error.id());
                 self.unclean = true;
+                self.context.shared.health.task_died("shard", table);
                 tracing::error!(
                     table,
                     lease,
@@ -357,7 +365,9 @@ impl Stream {
         if Instant::now() >= self.next_listing {
             // The one part of a step that may take long, and can be cut anywhere.
             let stop = self.stop.clone();
-            if let Some(listed) = until(&stop, self.list(&rows)).await {
+            // That it ends is watched by its outcome.
+            let pulse = Arc::clone(&self.pulse);
+            if let Some(listed) = pulse.during(until(&stop, self.list(&rows))).await {
                 listed?;
             }
         }
@@ -372,6 +382,7 @@ impl Stream {
         let plan = plan(&self.listing, true, &tracked, &self.gone);
         let created = !plan.create.is_empty();
         for shard in &plan.create {
+            self.pulse.beat();
             // A shard found after the first listing starts at its beginning, whatever `start` says.
             let start = if stream.initialised {
                 Position::TrimHorizon
@@ -389,6 +400,7 @@ impl Stream {
             shared.rescan.notify_one();
         }
         for id in &plan.startable {
+            self.pulse.beat();
             if self.stop.is_cancelled() {
                 break;
             }
@@ -414,10 +426,12 @@ impl Stream {
 
     async fn list(&mut self, rows: &BTreeMap<ShardId, &ShardRow>) -> Result<(), Fault> {
         let context = &self.context;
+        trouble("discovery").await;
         self.known_before_listing = rows.keys().cloned().collect();
         let listing = context.shared.lister.all(&context.stream_arn).await?;
         self.listing = listing.shards;
         self.listed = true;
+        context.shared.health.listed(&context.table.name);
         self.next_listing = Instant::now() + context.shared.config.worker.discover_every;
         Ok(())
     }
@@ -481,7 +495,8 @@ impl Stream {
             detail,
             at,
         );
-        context.shared.store_gap(&gap, &self.part).await;
+        let stored = context.shared.store_gap(&gap, &self.part);
+        self.pulse.during(stored).await;
     }
 
     async fn source_is_empty(&self) -> Result<bool, Fault> {
@@ -514,6 +529,7 @@ impl Stream {
         tracked: &BTreeMap<ShardId, Tracked>,
     ) -> Result<(), Fault> {
         for parent in missing {
+            self.pulse.beat();
             let child_was_known = tracked.iter().any(|(id, row)| {
                 row.parent.as_ref() == Some(parent) && self.known_before_listing.contains(id)
             });
@@ -556,12 +572,24 @@ impl Stream {
             "shard taken"
         );
         let key = row.lease_key.clone();
+        let inherited = on_take(
+            row,
+            shared.source.clock.now_ms(),
+            shared.target.clock.now_ms(),
+            shared.config.leases.late_effect,
+        );
         let row = row.clone();
         let stop = self.stop.clone();
         let task = self.tasks.spawn(async move {
             let health = Arc::clone(&context.shared.health);
             let table = context.table.name.clone();
             let part = format!("{} renewal", lease.shard());
+            let shard = lease.shard().0.clone();
+            let _farewell = Farewell {
+                context: Arc::clone(&context),
+                shard: shard.clone(),
+                renewal: part.clone(),
+            };
             let report = |result: Result<(), &Fault>| match result {
                 Ok(()) => health.succeeded(Scope::State, &table, &part),
                 Err(fault) => health.failed(Scope::State, &table, &part, fault),
@@ -573,9 +601,10 @@ impl Stream {
                 Arc::clone(&lease),
                 row,
                 position,
+                inherited,
                 stop,
             );
-            let ended = tokio::select! {
+            tokio::select! {
                 ended = consumed => ended,
                 // Renewal ends only when the lease is lost; consume sees that as well, and gets to
                 // clean up after itself.
@@ -583,9 +612,8 @@ impl Stream {
                     lease.keep(&never, report).await;
                     std::future::pending::<()>().await;
                 } => Ended::Lost,
-            };
-            health.forget(&table, &part);
-            ended
+                () = beyond_repair(&health, &table, &shard) => Ended::Lost,
+            }
         });
         self.running.insert(task.id(), key);
         Ok(())

@@ -56,6 +56,28 @@ pub struct Change {
     pub ttl_delete: bool,
 }
 
+impl Change {
+    /// A change that brings the item under `keys` to `item`, or deletes it. It comes from no stream.
+    pub fn of_item(keys: &Item, item: Option<&Item>, now_ms: i64) -> Self {
+        let bytes = item.map_or(0, item_bytes);
+        Self {
+            sequence: SequenceNumber::default(),
+            event: match item {
+                Some(_) => Event::Modify,
+                None => Event::Remove,
+            },
+            key: ItemKey::new(keys),
+            keys: keys.clone(),
+            new_image: item.cloned(),
+            old_image: None,
+            created_ms: now_ms,
+            bytes: 256 + item_bytes(keys) + bytes,
+            units: write_units(bytes),
+            ttl_delete: false,
+        }
+    }
+}
+
 impl std::fmt::Debug for Change {
     /// Without keys and images: debug output ends up in logs.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

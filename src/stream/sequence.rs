@@ -8,6 +8,13 @@ use std::fmt;
 #[derive(Clone, Debug)]
 pub struct SequenceNumber(String);
 
+impl Default for SequenceNumber {
+    /// Zero: before every record.
+    fn default() -> Self {
+        Self("0".to_owned())
+    }
+}
+
 impl SequenceNumber {
     /// Takes a digit string.
     ///

@@ -64,7 +64,8 @@ impl Counted for WorkerRow {
     }
 }
 
-/// `pause#<table>` (or `pause#*` for all tables): nothing is written to the replica while it stands.
+/// `pause#<table>` (or `pause#*` for all tables): a tap, closed until it is opened again. The row stays
+/// afterwards and says who opened it and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PauseRow {
@@ -74,10 +75,28 @@ pub struct PauseRow {
     pub entity_type: String,
     /// Version of the row's form.
     pub format_version: u32,
+    /// Grows with every update.
+    #[serde(default)]
+    pub lease_counter: u64,
     /// The table, by its name in the configuration; absent for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub table: Option<String>,
     /// Who closed the tap.
+    pub by: String,
+    /// Why.
+    pub reason: String,
+    /// When, RFC 3339.
+    pub at: String,
+    /// Who opened it again; absent while it is closed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed: Option<Resumed>,
+}
+
+/// Who opened a tap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Resumed {
+    /// Who.
     pub by: String,
     /// Why.
     pub reason: String,
@@ -97,15 +116,37 @@ impl PauseRow {
             lease_key: Self::key(table),
             entity_type: "pause".to_owned(),
             format_version: FORMAT_VERSION,
+            lease_counter: 0,
             table: table.map(str::to_owned),
             by: by.to_owned(),
             reason: reason.to_owned(),
             at,
+            resumed: None,
         }
+    }
+
+    /// Whether the tap is closed.
+    pub fn is_closed(&self) -> bool {
+        self.resumed.is_none()
+    }
+
+    /// Whether the row is about `table`.
+    pub fn is_about(&self, table: &str) -> bool {
+        self.table.as_deref().is_none_or(|paused| paused == table)
     }
 
     /// Whether it stops the writes of `table`.
     pub fn covers(&self, table: &str) -> bool {
-        self.table.as_deref().is_none_or(|paused| paused == table)
+        self.is_closed() && self.is_about(table)
+    }
+}
+
+impl Counted for PauseRow {
+    fn key(&self) -> &str {
+        &self.lease_key
+    }
+
+    fn counter(&self) -> u64 {
+        self.lease_counter
     }
 }

@@ -1,0 +1,174 @@
+//! What was found, as JSON and as text.
+
+use serde_json::{Value, json};
+
+use super::{Doubts, Found, headroom_s, silence_s, silent_after_ms};
+use crate::config::read::Loaded;
+use crate::dynamo::clock::{host_ms, rfc3339};
+use crate::lease::row::{PauseRow, ShardRow, WorkerRow};
+
+/// Whether a worker has written its row lately, as far as its clock and this host's agree.
+fn is_alive(row: &WorkerRow, silent_after_ms: i64) -> bool {
+    host_ms() - row.updated_at <= silent_after_ms
+}
+
+/// The documented form.
+pub(super) fn as_json(loaded: &Loaded, found: &Found) -> Value {
+    let silent_after_ms = silent_after_ms(loaded);
+    json!({
+        "version": 1,
+        "group": loaded.config.group,
+        "here": loaded.here,
+        "active": found.control.as_ref().map(|control| &control.active),
+        "epoch": found.control.as_ref().map(|control| control.epoch),
+        "finishedShards": found.shards.len() - found.open().count(),
+        "shards": found.open().map(|row| json!({
+            "table": row.table,
+            "shard": row.shard_id,
+            "epoch": row.epoch,
+            "owner": row.lease_owner,
+            "checkpoint": row.checkpoint,
+            "appliedUntil": row.watermark.map(rfc3339),
+            "headroomSeconds": headroom_s(row),
+            "ownerSilentSeconds": silence_s(row, silent_after_ms),
+        })).collect::<Vec<_>>(),
+        "gaps": found.gaps.iter().map(|gap| json!({
+            "table": gap.table,
+            "reason": gap.reason.label(),
+            "detail": gap.detail,
+            "at": gap.at,
+            "next": gap.reason.next_step(),
+        })).collect::<Vec<_>>(),
+        "pauses": found.pauses.iter().map(|pause| json!({
+            "table": pause.table,
+            "by": pause.by,
+            "reason": pause.reason,
+            "since": pause.at,
+        })).collect::<Vec<_>>(),
+        "doubts": found.doubts_by_table().iter().map(|(table, doubts)| json!({
+            "table": table,
+            "open": doubts.open,
+            "until": rfc3339(doubts.until_ms),
+            "overdue": doubts.overdue,
+        })).collect::<Vec<_>>(),
+        "workers": found.workers.iter().map(|row| json!({
+            "id": row.worker,
+            "version": row.version,
+            "epoch": row.epoch,
+            "since": row.since,
+            "shards": found.held_by(&row.worker),
+            "updatedAt": rfc3339(row.updated_at),
+            "alive": is_alive(row, silent_after_ms),
+        })).collect::<Vec<_>>(),
+    })
+}
+
+/// Lines for a person.
+pub(super) fn as_text(loaded: &Loaded, found: &Found) -> String {
+    let active = match &found.control {
+        Some(control) => format!("active {} (epoch {})", control.active, control.epoch),
+        None => "no control record".to_owned(),
+    };
+    let mut lines = vec![format!(
+        "group {}, here {}, {active}",
+        loaded.config.group, loaded.here
+    )];
+    for pause in found.pauses.iter().filter(|row| row.table.is_none()) {
+        lines.push(paused("ALL TABLES PAUSED", pause));
+    }
+    lines.extend(found.workers.iter().map(|row| {
+        let alive = if is_alive(row, silent_after_ms(loaded)) {
+            ""
+        } else {
+            "  SILENT: is it dead?"
+        };
+        let held = found.held_by(&row.worker);
+        format!(
+            "worker {}  {}  {held} shard(s)  since {}{alive}",
+            row.worker, row.version, row.since
+        )
+    }));
+    let doubts = found.doubts_by_table();
+    for table in &loaded.config.tables {
+        of_table(&mut lines, loaded, found, &table.name);
+        if let Some(doubts) = doubts.get(table.name.as_str()) {
+            lines.push(in_doubt(doubts));
+        }
+    }
+    lines.join("\n")
+}
+
+fn of_table(lines: &mut Vec<String>, loaded: &Loaded, found: &Found, table: &str) {
+    let open: Vec<&ShardRow> = found.open().filter(|row| row.table == table).collect();
+    let finished = found
+        .shards
+        .iter()
+        .filter(|row| row.table == table && row.is_finished())
+        .count();
+    lines.push(format!(
+        "\n{table}: {} open shard(s), {finished} finished{}",
+        open.len(),
+        if open.is_empty() {
+            ": NOBODY READS IT"
+        } else {
+            ""
+        }
+    ));
+    let own = |row: &&PauseRow| row.table.as_deref() == Some(table);
+    lines.extend(
+        found
+            .pauses
+            .iter()
+            .filter(own)
+            .map(|row| paused("  PAUSED", row)),
+    );
+    for row in open {
+        let silence = silence_s(row, silent_after_ms(loaded)).map_or_else(String::new, |s| {
+            format!("  SILENT for {s} s: is its worker dead?")
+        });
+        lines.push(format!(
+            "  {}  {}  {}  owner {}{silence}",
+            row.shard_id,
+            progress(row),
+            headroom_s(row).map_or_else(
+                || "headroom unknown".to_owned(),
+                |s| format!("{} h until the stream forgets", s / 3_600)
+            ),
+            row.lease_owner.as_deref().unwrap_or("none"),
+        ));
+    }
+    for gap in found.gaps.iter().filter(|gap| gap.table == table) {
+        lines.push(format!(
+            "  GAP {} since {}: records were never applied. {}.",
+            gap.reason.label(),
+            gap.at,
+            gap.reason.next_step()
+        ));
+    }
+}
+
+fn paused(what: &str, row: &PauseRow) -> String {
+    format!("{what} by {} since {}: {}", row.by, row.at, row.reason)
+}
+
+fn in_doubt(doubts: &Doubts) -> String {
+    let overdue = match doubts.overdue {
+        0 => String::new(),
+        n => format!("; {n} OVERDUE: they should have been repaired more than ten minutes ago"),
+    };
+    format!(
+        "  {} range(s) in doubt: repaired after {}{overdue}",
+        doubts.open,
+        rfc3339(doubts.until_ms)
+    )
+}
+
+fn progress(row: &ShardRow) -> String {
+    match row.watermark {
+        Some(watermark) => {
+            let age = (host_ms() - watermark).max(0) / 1_000;
+            format!("applied until {} ({age} s ago)", rfc3339(watermark))
+        }
+        None => format!("at {}", row.checkpoint),
+    }
+}

@@ -1,0 +1,420 @@
+//! Repair by key (tenet 8): the one primitive that brings a replica's item back to what the source
+//! holds, beside a worker that goes on replaying.
+//!
+//! ```text
+//!   durable intent (a doubt, a dead letter, a job's page), claimed within a bound
+//!      │
+//!      ▼
+//!   read the source ──same as what was written──▶ clean
+//!      ▲    │ other, or nothing written yet
+//!      │    ▼
+//!      │  read the replica ──same as the source's──▶ clean
+//!      │    │ other
+//!      │    ▼
+//!      └─ write (or delete); only a complete answer leads on
+//!           │ no complete answer: stop here. The intent stays, and is taken up again when this
+//!           ▼ write is dead as well.
+//!   all keys clean ──▶ drop the intent
+//! ```
+//!
+//! *Why the source is read again after the write*: between reading and writing, the source may have
+//! changed and the worker may have applied that change; then the write put an older value over a
+//! newer one, and no later record would mend it.
+//!
+//! *Why the intent must be durable, and claimed with a bound*: a repair that dies after such a write,
+//! or is continued long after, leaves the older value behind. The next one begins only when no
+//! write of this one can take effect any more.
+//!
+//! *When it is right*: while data flows in one direction only, and records made after the last read
+//! of the source will still be applied. Who calls it checks both.
+//!
+//! [`KeyRepair`] is the protocol and pure; [`Repairer`] carries it out. `repair_tests.rs` plays it
+//! against worker, source, crashes and late effects in every order.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::types::KeysAndAttributes;
+use tokio_util::sync::CancellationToken;
+
+use crate::apply::batch::{BATCH_OPS_MAX, Outcome, Writer};
+use crate::apply::coalesce::Op;
+use crate::backoff::Backoff;
+use crate::dynamo::clock::host_ms;
+use crate::dynamo::item::ItemKey;
+use crate::dynamo::transmit::Bound;
+use crate::dynamo::value::{Item, same_item};
+use crate::error::{Class, Fault, Operation, Policy, classify};
+use crate::stream::change::Change;
+
+/// How often the source of one key is read before it counts as too hot to settle now.
+const ROUNDS_MAX: usize = 20;
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// What to do next for one key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Step<V> {
+    /// Read the source, consistently, and tell [`KeyRepair::source`].
+    ReadSource,
+    /// Read the replica, consistently, and tell [`KeyRepair::replica`].
+    ReadReplica,
+    /// Write this; after a complete answer tell [`KeyRepair::written`], otherwise give up.
+    Write(V),
+    /// Nothing: the replica holds what the source does, or a later record will bring it.
+    Clean,
+}
+
+/// The repair of one key; `V` is what a table holds under it, absence included.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct KeyRepair<V> {
+    state: State<V>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum State<V> {
+    Source { written: Option<V> },
+    Replica { source: V },
+    Write { source: V },
+    Clean,
+}
+
+impl<V> Default for KeyRepair<V> {
+    fn default() -> Self {
+        Self {
+            state: State::Source { written: None },
+        }
+    }
+}
+
+impl<V: PartialEq + Clone> KeyRepair<V> {
+    /// What to do next.
+    pub fn step(&self) -> Step<V> {
+        match &self.state {
+            State::Source { .. } => Step::ReadSource,
+            State::Replica { .. } => Step::ReadReplica,
+            State::Write { source } => Step::Write(source.clone()),
+            State::Clean => Step::Clean,
+        }
+    }
+
+    /// The source holds this.
+    pub fn source(&mut self, source: V) {
+        if let State::Source { written } = &self.state {
+            self.state = match written.as_ref() == Some(&source) {
+                true => State::Clean,
+                false => State::Replica { source },
+            };
+        }
+    }
+
+    /// The replica holds this.
+    pub fn replica(&mut self, replica: &V) {
+        if let State::Replica { source } = &self.state {
+            self.state = match source == replica {
+                true => State::Clean,
+                false => State::Write {
+                    source: source.clone(),
+                },
+            };
+        }
+    }
+
+    /// The write was answered completely.
+    pub fn written(&mut self) {
+        if let State::Write { source } = &self.state {
+            self.state = State::Source {
+                written: Some(source.clone()),
+            };
+        }
+    }
+
+    /// Nothing is to be done for this key after all.
+    pub fn leave(&mut self) {
+        self.state = State::Clean;
+    }
+}
+
+/// What a table holds under a key. Two are equal when DynamoDB says so.
+#[derive(Debug, Clone)]
+struct Held(Option<Arc<Item>>);
+
+impl PartialEq for Held {
+    fn eq(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (None, None) => true,
+            (Some(a), Some(b)) => same_item(a, b),
+            _ => false,
+        }
+    }
+}
+
+/// Items that TTL deleted in the source and that the replica keeps (`ttl_deletes = "skip"`).
+#[derive(Debug, Clone)]
+pub struct KeepExpired {
+    /// The source table's TTL attribute.
+    pub attribute: String,
+}
+
+impl KeepExpired {
+    /// Whether `item` had expired at `now_ms`, so that its absence from the source is TTL's doing.
+    fn keeps(&self, item: &Item, now_ms: i64) -> bool {
+        let expiry = item
+            .get(&self.attribute)
+            .and_then(|value| value.as_n().ok())
+            .and_then(|number| number.parse::<f64>().ok());
+        expiry.is_some_and(|seconds| seconds * 1_000.0 <= now_ms as f64)
+    }
+}
+
+/// Repairs keys of one table.
+pub struct Repairer<'a> {
+    /// The source table.
+    pub source: (&'a Client, &'a str),
+    /// The replica table, for reading.
+    pub replica: (&'a Client, &'a str),
+    /// Writes to the replica.
+    pub writer: &'a Writer,
+    /// Nothing is written once it is over.
+    pub bound: Arc<dyn Bound>,
+    /// Nothing is begun once it is cancelled.
+    pub stop: &'a CancellationToken,
+    /// Items that stay although the source lacks them.
+    pub keep_expired: Option<KeepExpired>,
+}
+
+/// What a repair did.
+#[derive(Debug, Default)]
+pub struct Repaired {
+    /// Items written or deleted.
+    pub written: usize,
+    /// Items that the replica can never take, as the source held them: they belong into the dead
+    /// letters.
+    pub refused: Vec<(Arc<Change>, Fault, u32)>,
+}
+
+/// Why a repair did not come to its end. The intent stays.
+#[derive(Debug)]
+pub enum Unfinished {
+    /// A write left without a complete answer: it may take effect later.
+    Unanswered(Fault),
+    /// A call failed in a way that does not pass by itself.
+    Failed(Fault),
+    /// Some key changes faster than it can be read and written.
+    Unsettled,
+    /// Asked to stop, or the bound is over.
+    Stopped,
+}
+
+struct Key {
+    keys: Item,
+    id: ItemKey,
+    repair: KeyRepair<Held>,
+}
+
+impl Repairer<'_> {
+    /// Repairs all `keys`, given by their key attributes.
+    ///
+    /// # Errors
+    /// [`Unfinished`]; the intent must then be kept.
+    pub async fn repair(
+        &self,
+        keys: impl IntoIterator<Item = Item>,
+    ) -> Result<Repaired, Unfinished> {
+        let mut repaired = Repaired::default();
+        let mut keys = keys.into_iter();
+        loop {
+            let batch: Vec<Item> = keys.by_ref().take(BATCH_OPS_MAX).collect();
+            if batch.is_empty() {
+                return Ok(repaired);
+            }
+            self.repair_batch(batch, &mut repaired).await?;
+        }
+    }
+
+    async fn repair_batch(
+        &self,
+        batch: Vec<Item>,
+        repaired: &mut Repaired,
+    ) -> Result<(), Unfinished> {
+        let mut open: Vec<Key> = batch
+            .into_iter()
+            .map(|keys| Key {
+                id: ItemKey::new(&keys),
+                keys,
+                repair: KeyRepair::default(),
+            })
+            .collect();
+        for round in 0..ROUNDS_MAX {
+            if round > 0 {
+                // A key that is written to all the time gets a moment.
+                tokio::time::sleep(FIRST_PAUSE * u32::try_from(round).unwrap_or(1)).await;
+            }
+            self.read_source(&mut open).await?;
+            open.retain(|key| key.repair.step() != Step::Clean);
+            self.read_replica(&mut open).await?;
+            open.retain(|key| key.repair.step() != Step::Clean);
+            self.write(&mut open, repaired).await?;
+            if open.is_empty() {
+                return Ok(());
+            }
+        }
+        Err(Unfinished::Unsettled)
+    }
+
+    async fn read_source(&self, open: &mut [Key]) -> Result<(), Unfinished> {
+        let found = self.read(self.source, open).await?;
+        for key in open {
+            key.repair.source(Held(found.get(&key.id).cloned()));
+        }
+        Ok(())
+    }
+
+    async fn read_replica(&self, open: &mut [Key]) -> Result<(), Unfinished> {
+        let found = self.read(self.replica, open).await?;
+        for key in open {
+            let held = found.get(&key.id).cloned();
+            let gone = matches!(&key.repair.state, State::Replica { source } if source.0.is_none());
+            if let (true, Some(keep), Some(item)) = (gone, &self.keep_expired, &held)
+                && keep.keeps(item, host_ms())
+            {
+                key.repair.leave();
+                continue;
+            }
+            key.repair.replica(&Held(held));
+        }
+        Ok(())
+    }
+
+    /// Writes what is to be written. Keys that the replica refuses for good are taken out.
+    async fn write(&self, open: &mut Vec<Key>, repaired: &mut Repaired) -> Result<(), Unfinished> {
+        let mut ops: Vec<Op> = Vec::with_capacity(open.len());
+        for (slot, key) in open.iter().enumerate() {
+            if let Step::Write(held) = key.repair.step() {
+                ops.push(Op {
+                    slot: slot as u64,
+                    change: Arc::new(Change::of_item(&key.keys, held.0.as_deref(), host_ms())),
+                });
+            }
+        }
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut refused: Vec<u64> = Vec::new();
+        while !ops.is_empty() {
+            if self.stop.is_cancelled() || self.bound.remaining().is_zero() {
+                return Err(Unfinished::Stopped);
+            }
+            let sent = self.writer.write(&self.bound, self.stop, ops).await;
+            if sent.unanswered.is_some() {
+                return Err(Unfinished::Unanswered(sent.fault.unwrap_or_else(|| {
+                    Fault::own(
+                        Operation::Write,
+                        Class::Network,
+                        "answered too late",
+                        "the answer came after the claim had ended",
+                    )
+                })));
+            }
+            ops = Vec::new();
+            for (op, outcome) in sent.outcomes {
+                match outcome {
+                    Outcome::Applied => {
+                        repaired.written += 1;
+                        if let Some(key) = open.get_mut(op.slot as usize) {
+                            key.repair.written();
+                        }
+                    }
+                    Outcome::Returned => ops.push(op),
+                    Outcome::Refused { fault, attempts } => {
+                        refused.push(op.slot);
+                        repaired.refused.push((op.change, fault, attempts));
+                    }
+                }
+            }
+            match sent.fault {
+                Some(fault) if fault.policy() != Policy::Retry => {
+                    return Err(Unfinished::Failed(fault));
+                }
+                Some(_) => tokio::time::sleep(backoff.pause()).await,
+                None => {}
+            }
+        }
+        let mut slot = 0;
+        open.retain(|_| {
+            slot += 1;
+            !refused.contains(&(slot - 1))
+        });
+        Ok(())
+    }
+
+    /// Reads the items of `open` from a table, consistently. What passes by itself is waited for.
+    async fn read(
+        &self,
+        table: (&Client, &str),
+        open: &[Key],
+    ) -> Result<HashMap<ItemKey, Arc<Item>>, Unfinished> {
+        let mut found = HashMap::with_capacity(open.len());
+        let Some(names) = open.first().map(|key| &key.keys) else {
+            return Ok(found);
+        };
+        let mut left: Vec<Item> = open.iter().map(|key| key.keys.clone()).collect();
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        while !left.is_empty() {
+            if self.stop.is_cancelled() || self.bound.remaining().is_zero() {
+                return Err(Unfinished::Stopped);
+            }
+            let request = KeysAndAttributes::builder()
+                .set_keys(Some(left.clone()))
+                .consistent_read(true)
+                .build()
+                .map_err(|error| {
+                    Unfinished::Failed(Fault::own(
+                        Operation::ReadItems,
+                        Class::Unknown,
+                        "request not built",
+                        error.to_string(),
+                    ))
+                })?;
+            let answer = table
+                .0
+                .batch_get_item()
+                .request_items(table.1, request)
+                .send()
+                .await;
+            match answer {
+                Ok(answer) => {
+                    let items = answer.responses.unwrap_or_default().into_values().flatten();
+                    for item in items {
+                        let keys: Item = item
+                            .iter()
+                            .filter(|(name, _)| names.contains_key(*name))
+                            .map(|(name, value)| (name.clone(), value.clone()))
+                            .collect();
+                        found.insert(ItemKey::new(&keys), Arc::new(item));
+                    }
+                    let unprocessed = answer.unprocessed_keys.unwrap_or_default();
+                    left = unprocessed
+                        .into_values()
+                        .flat_map(|keys| keys.keys)
+                        .collect();
+                    if !left.is_empty() {
+                        tokio::time::sleep(backoff.pause()).await;
+                    }
+                }
+                Err(error) => {
+                    let fault = classify(Operation::ReadItems, &error);
+                    if fault.policy() != Policy::Retry {
+                        return Err(Unfinished::Failed(fault));
+                    }
+                    tokio::time::sleep(backoff.pause()).await;
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+#[path = "repair_tests.rs"]
+mod tests;

@@ -1,0 +1,585 @@
+//! Doubts: stored before the checkpoint passes them, repaired when their time has come.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use aws_smithy_types::DateTime;
+use aws_smithy_types::date_time::Format;
+use futures::future::join_all;
+use rand::seq::SliceRandom;
+use tokio_util::sync::CancellationToken;
+
+use super::context::{Shared, TableContext};
+use super::letter::Letter;
+use super::tap::Gate;
+use crate::backoff::Backoff;
+use crate::config::{Table, TtlDeletes};
+use crate::dynamo::clock::{host_ms, rfc3339, uptime};
+use crate::dynamo::item::ItemKey;
+use crate::dynamo::transmit::Bound;
+use crate::dynamo::value::Item;
+use crate::error::{Class, Fault, Operation, classify};
+use crate::lease::doubts::{End, Pending, Range, may_claim, until_ms};
+use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS};
+use crate::lease::rules::take_name;
+use crate::lease::table::Written;
+use crate::observe::health::Scope;
+use crate::observe::metrics;
+use crate::repair::{KeepExpired, Repairer, Unfinished};
+use crate::stream::change::decode;
+use crate::stream::reader::{Page, Position, ShardReader};
+use crate::stream::sequence::SequenceNumber;
+use crate::stream::{ShardId, stream_label};
+
+/// Consecutive empty pages after which nothing older than the time asked for is expected any more.
+const EMPTY_PAGES_PROVE: usize = 5;
+const EMPTY_PAUSE: Duration = Duration::from_millis(200);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Longest wait before the doubts are looked at again.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Doubts of a table repaired at once.
+const REPAIRS_AT_ONCE: usize = 8;
+/// Keys that wait to be repaired at once; more are repaired in turns.
+const KEYS_MAX: usize = 1_000;
+
+/// What one shard has in doubt, and the row last stored for it.
+#[derive(Default)]
+pub struct ShardDoubts {
+    pending: Pending,
+    last: Option<(DoubtRow, Instant)>,
+}
+
+impl ShardDoubts {
+    /// The records after `durable` up to `last` may take effect until `until_ms`.
+    pub fn add(&mut self, durable: &Position, last: &SequenceNumber, until_ms: i64) {
+        self.pending.add(durable, last, until_ms);
+    }
+
+    /// Stores what is in doubt. Tell [`stored`](Self::stored) what it returns.
+    pub fn store(
+        &self,
+        context: &Arc<TableContext>,
+        shard: &ShardId,
+    ) -> impl Future<Output = Result<Option<(Range, DoubtRow)>, Fault>> + Send + use<> {
+        let (context, shard) = (Arc::clone(context), shard.clone());
+        let range = self.pending.range();
+        // A row grows for as long as half of a late effect, so that a line that fails now and then
+        // makes a few rows and not thousands, and each still comes to its end.
+        let young = context.shared.config.leases.late_effect / 2;
+        let last = self.last.as_ref();
+        let last = last.filter(|(_, at)| at.elapsed() < young);
+        let last = last.map(|(row, _)| row.clone());
+        async move {
+            match range {
+                None => Ok(None),
+                Some(range) => store_range(&context, &shard, &range, last)
+                    .await
+                    .map(|row| Some((range, row))),
+            }
+        }
+    }
+
+    /// This was stored.
+    pub fn stored(&mut self, stored: Option<(Range, DoubtRow)>) {
+        if let Some((range, row)) = stored {
+            self.pending.stored(&range);
+            let grown = self
+                .last
+                .take()
+                .filter(|(last, _)| last.lease_key == row.lease_key);
+            let at = grown.map_or_else(Instant::now, |(_, at)| at);
+            self.last = Some((row, at));
+        }
+    }
+}
+
+/// Stores a range in doubt, in `last` where that can still grow.
+async fn store_range(
+    context: &TableContext,
+    shard: &ShardId,
+    range: &Range,
+    last: Option<DoubtRow>,
+) -> Result<DoubtRow, Fault> {
+    let shared = &context.shared;
+    let table = &context.table.name;
+    if let (Some(mut row), End::Record(to)) = (last, &range.to) {
+        let known = row.lease_counter;
+        to.as_str().clone_into(row.to.insert(String::new()));
+        row.until = row.until.max(range.until_ms);
+        row.lease_counter += 1;
+        if shared.state.replace(&row, known).await? == Written::Yes {
+            return Ok(row);
+        }
+    }
+    let mut row = DoubtRow::new(
+        shared.epoch,
+        table,
+        &context.stream_arn,
+        shard,
+        range.cause,
+        &range.from,
+        range.until_ms,
+        rfc3339(host_ms()),
+    );
+    match &range.to {
+        End::Record(to) => row.to = Some(to.as_str().to_owned()),
+        End::Time(ms) => row.to_time = Some(*ms),
+    }
+    shared.state.create(&row).await?;
+    metrics::doubted(table, range.cause);
+    tracing::warn!(
+        table,
+        shard = %shard,
+        cause = range.cause.label(),
+        until = rfc3339(range.until_ms),
+        "in doubt: writes may still take effect; the keys are repaired afterwards"
+    );
+    shared.rescan.notify_one();
+    Ok(row)
+}
+
+/// Stores what the owner before left in doubt, however long it takes.
+pub async fn store_inherited(context: &TableContext, shard: &ShardId, range: &Range) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let health = &context.shared.health;
+    let table = &context.table.name;
+    while let Err(fault) = store_range(context, shard, range, None).await {
+        health.failed(Scope::State, table, &shard.0, &fault);
+        tokio::time::sleep(backoff.pause()).await;
+    }
+    health.succeeded(Scope::State, table, &shard.0);
+}
+
+/// The right to repair a doubt. It is good for one lease duration after each renewal, and moves the
+/// row's `until` to a late effect after its own end.
+struct Claim {
+    duration: Duration,
+    held: Mutex<Held>,
+}
+
+struct Held {
+    row: DoubtRow,
+    /// As this machine's uptime.
+    valid_until: Duration,
+}
+
+impl Bound for Claim {
+    fn remaining(&self) -> Duration {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.valid_until.saturating_sub(uptime())
+    }
+}
+
+impl Claim {
+    /// Claims a doubt. `None` if somebody else was faster.
+    async fn take(shared: &Shared, row: DoubtRow) -> Result<Option<Arc<Self>>, Fault> {
+        let duration = shared.config.leases.duration;
+        let claim = Self {
+            duration,
+            held: Mutex::new(Held {
+                row: DoubtRow {
+                    lease_owner: Some(take_name(&shared.owner, rand::random())),
+                    ..row
+                },
+                valid_until: Duration::ZERO,
+            }),
+        };
+        Ok(claim.renew(shared, None).await?.then(|| Arc::new(claim)))
+    }
+
+    fn row(&self) -> DoubtRow {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.row.clone()
+    }
+
+    /// Renews the claim; what lies before `done` is clean. False if it is lost.
+    async fn renew(&self, shared: &Shared, done: Option<&Position>) -> Result<bool, Fault> {
+        let mut row = self.row();
+        let known = row.lease_counter;
+        row.lease_counter += 1;
+        if let Some(done) = done {
+            row.set_position(done);
+        }
+        // The last write leaves before the claim's end, and takes effect a late effect later at
+        // most.
+        let end = shared.doubt_until_ms();
+        row.until = row.until.max(until_ms(end, self.duration));
+        let sent = uptime();
+        if shared.state.replace(&row, known).await? == Written::Refused {
+            return Ok(false);
+        }
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.row = row;
+        held.valid_until = sent + self.duration;
+        Ok(true)
+    }
+
+    /// Gives the claim up. Every write of it was answered completely, so the next one need not wait.
+    async fn give_back(&self, shared: &Shared) {
+        let mut row = self.row();
+        let known = row.lease_counter;
+        row.lease_counter += 1;
+        row.lease_owner = None;
+        row.until = shared.target.clock.now_ms();
+        // If it fails the next one waits until the claim is over: later, and just as right.
+        let _ = shared.state.replace(&row, known).await;
+        shared.rescan.notify_one();
+    }
+
+    /// Renews when half of the claim is gone.
+    async fn keep(&self, shared: &Shared, done: Option<&Position>) -> Result<bool, Fault> {
+        if self.remaining() > self.duration / 2 {
+            return Ok(true);
+        }
+        self.renew(shared, done).await
+    }
+}
+
+/// Repairs the doubts of a table as they come due, until `stop`.
+pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+    let mut rows = shared.rows.clone();
+    let mut gate = Gate::new(&shared, &table.name, &stop);
+    let patience = shared.config.leases.duration * 2;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    while !stop.is_cancelled() {
+        let snapshot = rows.borrow_and_update().clone();
+        let now_ms = shared.target.clock.now_ms();
+        let epoch = snapshot.control.as_ref().map(|control| control.epoch);
+        let mut due: Vec<&DoubtRow> = snapshot.doubts.iter().collect();
+        // Repair is right in one direction only, and that is its epoch's.
+        due.retain(|doubt| {
+            doubt.table == table.name
+                && doubt.epoch == shared.epoch
+                && epoch.is_none_or(|epoch| epoch == shared.epoch)
+                && may_claim(doubt, &snapshot.shards, &shared.owner, now_ms, patience)
+        });
+        // In any order, so that one that cannot be repaired holds no other back.
+        due.shuffle(&mut rand::rng());
+        due.truncate(REPAIRS_AT_ONCE);
+        if !gate.is_open() {
+            due.clear();
+        }
+        let flow = gate.flow();
+        let repairs = due
+            .into_iter()
+            .map(|doubt| repair_doubt(&shared, &table, doubt.clone(), &flow));
+        let done = tokio::select! {
+            done = join_all(repairs) => done,
+            // Cancels the flow when the tap closes; the repairs then end by themselves.
+            () = watch_gate(&mut gate) => return,
+        };
+        let mut pause = if done.is_empty() {
+            LOOK_EVERY
+        } else {
+            Duration::ZERO
+        };
+        if done.iter().all(Result::is_ok) {
+            shared.health.forget(&table.name, "repair");
+            backoff.reset();
+        }
+        for unfinished in done.iter().filter_map(|done| done.as_ref().err()) {
+            report(&shared, &table.name, unfinished);
+            pause = backoff.pause();
+        }
+        if pause.is_zero() {
+            shared.rescan.notify_one();
+        }
+        tokio::select! {
+            () = stop.cancelled() => {}
+            // After a repair the next snapshot no longer shows its row.
+            changed = rows.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(pause), if !pause.is_zero() => {}
+        }
+    }
+}
+
+/// Looks at the tap whenever it may have moved, for ever.
+async fn watch_gate(gate: &mut Gate) {
+    loop {
+        gate.is_open();
+        gate.moved().await;
+    }
+}
+
+fn report(shared: &Shared, table: &str, unfinished: &Unfinished) {
+    let fault = match unfinished {
+        Unfinished::Unanswered(fault) | Unfinished::Failed(fault) => fault,
+        Unfinished::Unsettled => {
+            tracing::info!(
+                table,
+                "a key in doubt changes all the time; tried again later"
+            );
+            return;
+        }
+        Unfinished::Stopped => return,
+    };
+    metrics::retried(table, fault.class);
+    let scope = match fault.operation {
+        Operation::State => Scope::State,
+        Operation::Write | Operation::DescribeTable => Scope::Replica,
+        _ => Scope::Source,
+    };
+    shared.health.failed(scope, table, "repair", fault);
+}
+
+/// Repairs every key of one doubt and removes its row.
+async fn repair_doubt(
+    shared: &Arc<Shared>,
+    table: &Table,
+    doubt: DoubtRow,
+    stop: &CancellationToken,
+) -> Result<(), Unfinished> {
+    let Some(claim) = Claim::take(shared, doubt)
+        .await
+        .map_err(Unfinished::Failed)?
+    else {
+        return Ok(());
+    };
+    let repaired = repair_claimed(shared, table, &claim, stop).await;
+    match &repaired {
+        Ok(()) | Err(Unfinished::Unanswered(_)) => {}
+        Err(_) => claim.give_back(shared).await,
+    }
+    repaired
+}
+
+async fn repair_claimed(
+    shared: &Arc<Shared>,
+    table: &Table,
+    claim: &Arc<Claim>,
+    stop: &CancellationToken,
+) -> Result<(), Unfinished> {
+    let Some(context) = TableContext::of(shared, table, &claim.row().stream_arn) else {
+        return Ok(());
+    };
+    let mut repair = DoubtRepair {
+        context: &context,
+        keep_expired: keep_expired(shared, table).await?,
+        claim: Arc::clone(claim),
+        stop,
+        keys: HashMap::new(),
+        written: 0,
+        seen: 0,
+    };
+    repair.run().await?;
+    let row = repair.claim.row();
+    let gone = shared
+        .state
+        .delete(&row)
+        .await
+        .map_err(Unfinished::Failed)?;
+    // Refused: somebody else claimed it meanwhile, and removes it.
+    if gone == Written::Yes {
+        metrics::repaired(&table.name, repair.written);
+        tracing::info!(
+            table = table.name,
+            shard = row.shard_id,
+            cause = row.cause.label(),
+            keys = repair.seen,
+            written = repair.written,
+            "a doubt is settled: its keys are as in the source"
+        );
+    }
+    Ok(())
+}
+
+/// The repair of one doubt: its range is read again, its keys are repaired.
+struct DoubtRepair<'a> {
+    context: &'a TableContext,
+    keep_expired: Option<KeepExpired>,
+    claim: Arc<Claim>,
+    stop: &'a CancellationToken,
+    /// Keys read and not repaired yet.
+    keys: HashMap<ItemKey, Item>,
+    written: usize,
+    seen: usize,
+}
+
+impl DoubtRepair<'_> {
+    async fn run(&mut self) -> Result<(), Unfinished> {
+        let shared = &self.context.shared;
+        let row = self.claim.row();
+        let Some(position) = row.position() else {
+            return Err(Unfinished::Failed(Fault::own(
+                Operation::State,
+                Class::Unknown,
+                crate::error::UNREADABLE_ROW,
+                "a doubt's `from` is not readable: a person or a newer version has changed it",
+            )));
+        };
+        // A position by name silently begins at what the stream still holds.
+        if !matches!(position, Position::After(_)) && is_too_old(&row) {
+            return self.lost(GapReason::Trimmed).await;
+        }
+        let streams = shared.source.streams.clone();
+        let mut reader = ShardReader::new(streams, &row.stream_arn, &row.shard(), position);
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut empty = 0;
+        loop {
+            if self.stop.is_cancelled() {
+                return Err(Unfinished::Stopped);
+            }
+            if !self.keep(None).await? {
+                return Err(Unfinished::Stopped);
+            }
+            let page = match reader.next().await {
+                Ok(page) => page,
+                Err(fault) => match fault.class {
+                    Class::Trimmed => return self.lost(GapReason::Trimmed).await,
+                    Class::NotFound if self.is_gone(&row).await? => {
+                        return self.lost(GapReason::ShardVanished).await;
+                    }
+                    Class::ExpiredIterator | Class::Throttled | Class::Service | Class::Network => {
+                        tokio::time::sleep(backoff.pause()).await;
+                        continue;
+                    }
+                    _ => return Err(Unfinished::Failed(fault)),
+                },
+            };
+            backoff.reset();
+            empty = if page.records.is_empty() {
+                empty + 1
+            } else {
+                0
+            };
+            let end = page.end;
+            let over = self.take_in(page, &row);
+            let proven = row.to_time.is_some() && empty >= EMPTY_PAGES_PROVE;
+            if over || end || proven {
+                return self.repair_keys(None).await;
+            }
+            if self.keys.len() >= KEYS_MAX {
+                let position = reader.position().clone();
+                self.repair_keys(Some(&position)).await?;
+            }
+            if empty > 0 {
+                tokio::time::sleep(EMPTY_PAUSE).await;
+            }
+        }
+    }
+
+    /// Takes in a page's keys. Returns whether the range is over.
+    fn take_in(&mut self, page: Page, row: &DoubtRow) -> bool {
+        let last = row.to.as_deref().and_then(SequenceNumber::parse);
+        for record in page.records {
+            let (sequence, created_ms, keys) = match decode(record) {
+                Ok(change) => (Some(change.sequence), change.created_ms, Some(change.keys)),
+                Err(bad) => (bad.sequence, bad.created_ms, bad.keys),
+            };
+            if let (Some(last), Some(sequence)) = (&last, &sequence)
+                && sequence > last
+            {
+                return true;
+            }
+            if row.to_time.is_some_and(|to_time| created_ms > to_time) {
+                return true;
+            }
+            // What was never to be replayed is none of ours.
+            let before_start = row.start_timestamp.is_some_and(|start| created_ms < start);
+            if let (Some(keys), false) = (keys, before_start) {
+                self.keys.insert(ItemKey::new(&keys), keys);
+            }
+            if last.is_some() && sequence == last {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Repairs the keys read so far; `done` is how far the range is clean then.
+    async fn repair_keys(&mut self, done: Option<&Position>) -> Result<(), Unfinished> {
+        let context = self.context;
+        let shared = &context.shared;
+        let keys: Vec<Item> = self.keys.drain().map(|(_, keys)| keys).collect();
+        self.seen += keys.len();
+        for chunk in keys.chunks(crate::apply::batch::BATCH_OPS_MAX) {
+            if !self.keep(None).await? {
+                return Err(Unfinished::Stopped);
+            }
+            let repairer = Repairer {
+                source: (
+                    &shared.source.tables,
+                    context.table.name_in(&shared.source.label),
+                ),
+                replica: (
+                    &shared.target.tables,
+                    context.table.name_in(&shared.target.label),
+                ),
+                writer: &context.writer,
+                bound: Arc::clone(&self.claim) as _,
+                stop: self.stop,
+                keep_expired: self.keep_expired.clone(),
+            };
+            let repaired = repairer.repair(chunk.iter().cloned()).await?;
+            self.written += repaired.written;
+            let part = self.claim.row().shard_id;
+            for (change, fault, attempts) in &repaired.refused {
+                let letter = Letter::refused(context, &part, change, fault, *attempts);
+                letter.deliver(context, "repair").await;
+                metrics::dead_lettered(&context.table.name, fault.class);
+            }
+        }
+        if done.is_some()
+            && !self
+                .claim
+                .renew(shared, done)
+                .await
+                .map_err(Unfinished::Failed)?
+        {
+            return Err(Unfinished::Stopped);
+        }
+        Ok(())
+    }
+
+    async fn keep(&self, done: Option<&Position>) -> Result<bool, Unfinished> {
+        let kept = self.claim.keep(&self.context.shared, done).await;
+        kept.map_err(Unfinished::Failed)
+    }
+
+    /// Whether the service itself no longer knows the shard.
+    async fn is_gone(&self, row: &DoubtRow) -> Result<bool, Unfinished> {
+        let lister = &self.context.shared.lister;
+        let gone = lister.is_gone(&row.stream_arn, &row.shard()).await;
+        gone.map_err(Unfinished::Failed)
+    }
+
+    /// What was in doubt can no longer be told: a gap, before the doubt is dropped.
+    async fn lost(&mut self, reason: GapReason) -> Result<(), Unfinished> {
+        let shared = &self.context.shared;
+        let row = self.claim.row();
+        let detail = format!("{}/{} doubt", stream_label(&row.stream_arn), row.shard_id);
+        let at = rfc3339(host_ms());
+        let gap = GapRow::new(row.epoch, &row.table, reason, &detail, at);
+        shared.store_gap(&gap, "repair").await;
+        Ok(())
+    }
+}
+
+/// Whether the stream may have forgotten the beginning of a doubt's range: its records were made
+/// before it was noticed.
+fn is_too_old(row: &DoubtRow) -> bool {
+    let noticed = DateTime::from_str(&row.at, Format::DateTime);
+    let noticed_ms = noticed.ok().and_then(|at| at.to_millis().ok());
+    noticed_ms.is_none_or(|at| host_ms() - at > UNREAD_LIMIT_MS)
+}
+
+/// The items that stay in the replica although TTL deleted them in the source.
+async fn keep_expired(shared: &Shared, table: &Table) -> Result<Option<KeepExpired>, Unfinished> {
+    if table.ttl_deletes != TtlDeletes::Skip {
+        return Ok(None);
+    }
+    let answer = shared
+        .source
+        .tables
+        .describe_time_to_live()
+        .table_name(table.name_in(&shared.source.label))
+        .send()
+        .await
+        .map_err(|error| Unfinished::Failed(classify(Operation::DescribeTable, &error)))?;
+    let attribute = answer
+        .time_to_live_description
+        .and_then(|ttl| ttl.attribute_name);
+    Ok(attribute.map(|attribute| KeepExpired { attribute }))
+}

@@ -1,0 +1,254 @@
+//! Writes that take effect late (tenet 7): put in doubt, and repaired when they no longer can.
+
+mod common;
+mod suite;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::binary::Worker;
+use common::stand::{SOURCE, Stand, client, put, s, state_rows};
+use common::{eventually, long};
+use farshore::dynamo::transmit::{Bound, Left, http_client, within};
+use farshore::embedded::gateway::{Call, Fault, Options};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rustix::process::Signal;
+
+/// Rows of the state table that are doubts.
+async fn doubts(stand: &Stand) -> usize {
+    let rows = state_rows(&stand.target, &stand.state_table()).await;
+    rows.iter()
+        .filter(|row| row["entityType"] == s("doubt"))
+        .count()
+}
+
+async fn until_settled(stand: &Stand) {
+    let settled = async || doubts(stand).await == 0;
+    eventually("every doubt is settled", Duration::from_secs(40), settled).await;
+}
+
+/// Writes held back beyond the client's patience and delivered after newer ones: every item is
+/// right once the doubts are settled, and until then they show.
+async fn held_back_writes_are_repaired(seed: u64) {
+    let stand = Stand::gateways(Options::new(seed), Options::new(seed)).await;
+    let table = stand.table("orders");
+    let (_config, worker) = suite::replicated(&stand, &table, "").await;
+    let held = stand.gateways[1].inject(
+        Fault::hold(Duration::from_secs(4))
+            .on("BatchWriteItem")
+            .chance(0.1),
+    );
+    let mut random = StdRng::seed_from_u64(seed);
+    for _ in 0..10 {
+        suite::random_changes(&stand, &table, &mut random, 60, 30).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(held.hits() > 0, "seed {seed}: nothing was held back");
+    held.off();
+    let shown = async || doubts(&stand).await > 0;
+    eventually("a doubt is stored", Duration::from_secs(10), shown).await;
+    until_settled(&stand).await;
+    stand.converge(&table, 1).await;
+    assert_eq!(stand.dead_letters(), Vec::<serde_json::Value>::new());
+    assert!(worker.metric("farshore_doubts_repaired_total").await > 0.0);
+    assert!(worker.stop().await.success(), "seed {seed}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_held_back_and_delivered_late_are_repaired() {
+    let seeds = 1..=long(10, 3);
+    futures::future::join_all(seeds.map(held_back_writes_are_repaired)).await;
+}
+
+/// A right to write that is good for ever, or over.
+struct Fixed(Duration);
+
+impl Bound for Fixed {
+    fn remaining(&self) -> Duration {
+        self.0
+    }
+}
+
+/// Between the decision to write and the moment it leaves, the lease may end: then it does not leave.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_is_refused_at_transmit_once_its_lease_is_over() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let config = client(&stand.source_url, SOURCE).config().to_builder();
+    let client = aws_sdk_dynamodb::Client::from_conf(config.http_client(http_client()).build());
+    let write = async |remaining: Duration| {
+        let call = client
+            .put_item()
+            .table_name(&table)
+            .item("id", s("a"))
+            .send();
+        let bound: Arc<dyn Bound> = Arc::new(Fixed(remaining));
+        let (answer, left) = within(bound, Duration::from_secs(10), call).await;
+        (answer.is_some_and(|answer| answer.is_ok()), left)
+    };
+    let arrived = || stand.gateways[0].calls_of("PutItem").len();
+    assert_eq!(write(Duration::ZERO).await, (false, Left::No));
+    assert_eq!(arrived(), 0, "a write without a lease reached the region");
+    assert_eq!(write(Duration::from_secs(9)).await, (true, Left::Yes));
+    assert_eq!(arrived(), 1);
+}
+
+/// Two workers' configurations for one stand, its table provisioned, and the first one running.
+async fn first_of_two(
+    stand: &Stand,
+    table: &str,
+    environment: &[(&str, &str)],
+) -> (Worker, std::path::PathBuf) {
+    stand.create_source(table).await;
+    let first = stand.config(&[table], "");
+    let second = stand.config(&[table], "");
+    common::binary::provision(&first);
+    (Worker::start_with(&first, environment), second)
+}
+
+/// Writes of a key that reached the replica's region.
+fn writes_of(stand: &Stand, id: &str) -> Vec<Call> {
+    let key = format!(r#"{{"id":{{"S":"{id}"}}}}"#);
+    stand.gateways[1].calls_where(|call| {
+        call.operation == "BatchWriteItem" && call.keys.iter().any(|other| other.json == key)
+    })
+}
+
+/// Stopped just before its second write leaves and continued after another worker has taken the
+/// shard, it does not send that write.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_stopped_before_transmit_never_leaves_once_the_lease_has_passed_on() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let stopping = [("FARSHORE_TEST_FAILPOINT", "BatchWriteItem@2")];
+    let (first, config) = first_of_two(&stand, &table, &stopping).await;
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    put(&stand.source, &table, "b", 2).await;
+    let stopped = async || first.is_stopped();
+    eventually("it stops", Duration::from_secs(15), stopped).await;
+    let second = Worker::following(&config).await;
+    stand.converge(&table, 2).await;
+    put(&stand.source, &table, "b", 3).await;
+    stand.converge(&table, 2).await;
+    let before = writes_of(&stand, "b").len();
+    first.signal(Signal::CONT);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(writes_of(&stand, "b").len(), before, "the old write left");
+    assert!(first.logged("stood still") > 0, "the pause was not noticed");
+    until_settled(&stand).await;
+    stand.converge(&table, 2).await;
+    assert!(first.stop().await.success() && second.stop().await.success());
+}
+
+/// Stopped after the last check, its write may leave late: whatever it does to the item is repaired.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_stopped_after_the_last_check_is_repaired_by_the_next_owner() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let stopping = [("FARSHORE_TEST_FAILPOINT", "BatchWriteItem@2!")];
+    let (first, config) = first_of_two(&stand, &table, &stopping).await;
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    put(&stand.source, &table, "b", 2).await;
+    let stopped = async || first.is_stopped();
+    eventually("it stops", Duration::from_secs(15), stopped).await;
+    let second = Worker::following(&config).await;
+    put(&stand.source, &table, "b", 3).await;
+    stand.converge(&table, 2).await;
+    first.signal(Signal::CONT);
+    let shown = async || doubts(&stand).await > 0;
+    eventually("the take puts it in doubt", Duration::from_secs(10), shown).await;
+    until_settled(&stand).await;
+    stand.converge(&table, 2).await;
+    assert!(first.stop().await.success() && second.stop().await.success());
+}
+
+/// Killed with a write on its way: the next owner puts what was not checkpointed in doubt, and
+/// repairs it although the write arrived after its own, newer one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_owners_late_write_is_repaired_by_the_next_owner() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let (first, config) = first_of_two(&stand, &table, &[]).await;
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    stand.gateways[1].inject(Fault::hold_until_delivered().on("BatchWriteItem").once());
+    put(&stand.source, &table, "a", 2).await;
+    assert!(
+        stand.gateways[1]
+            .wait_for_held(1, Duration::from_secs(10))
+            .await
+    );
+    first.kill();
+    let second = Worker::following(&config).await;
+    put(&stand.source, &table, "a", 3).await;
+    stand.converge(&table, 1).await;
+    let held = stand.gateways[1].held();
+    stand.gateways[1].deliver(held[0].call).await.unwrap();
+    assert_eq!(
+        stand.differences(&table).await.len(),
+        1,
+        "the late write did nothing"
+    );
+    until_settled(&stand).await;
+    assert_eq!(stand.differences(&table).await, Vec::<String>::new());
+    assert!(second.metric("farshore_repair_writes_total").await >= 1.0);
+    assert!(second.stop().await.success());
+}
+
+/// A repair that dies in the middle is finished by the next worker.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repair_whose_process_died_is_finished_by_the_next() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let (first, config) = first_of_two(&stand, &table, &[]).await;
+    for id in 0..60 {
+        put(&stand.source, &table, &format!("k{id}"), id).await;
+    }
+    stand.converge(&table, 60).await;
+    first.kill();
+    let second = Worker::following(&config).await;
+    let slow = stand.gateways[1].inject(Fault::delay(Duration::from_secs(3)).on("BatchGetItem"));
+    let claimed = async || {
+        let rows = state_rows(&stand.target, &stand.state_table()).await;
+        rows.iter()
+            .any(|row| row["entityType"] == s("doubt") && row.contains_key("leaseOwner"))
+    };
+    eventually(
+        "the doubt is being repaired",
+        Duration::from_secs(20),
+        claimed,
+    )
+    .await;
+    second.kill();
+    slow.off();
+    let third = Worker::following(&config).await;
+    until_settled(&stand).await;
+    stand.converge(&table, 60).await;
+    assert!(third.stop().await.success());
+}
+
+/// A worker that cannot renew stops by itself: no write leaves after its lease's end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_cannot_renew_stops_by_itself() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let (_config, worker) = suite::replicated(&stand, &table, "").await;
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    let state = stand.state_table();
+    stand.gateways[1].inject(Fault::access_denied().on("PutItem").table(&state));
+    // The lease of a second, and a little for a write that was on its way.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    put(&stand.source, &table, "b", 2).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(writes_of(&stand, "b").len(), 0, "it wrote without a lease");
+    let (status, body) = worker.get("/readyz").await.unwrap();
+    assert!(status == 503 && body.contains("outage-state"), "{body}");
+    stand.gateways[1].clear_faults();
+    stand.converge(&table, 2).await;
+    assert!(worker.stop().await.success());
+}
