@@ -365,6 +365,18 @@ async fn a_signature_that_is_too_old_is_refused_even_if_it_grew_old_while_held()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_signature_that_grew_too_old_while_its_call_was_delayed_is_refused() {
+    let (gateway, dynamo, _, _) = started(Options::new(28)).await;
+    gateway.inject(Fault::stale_signature(Duration::from_secs(1)));
+    let late = Fault::delay(Duration::from_millis(2_100));
+    gateway.inject(late.on("PutItem").after(1).once());
+    try_put(&dynamo, "a", 1).await.unwrap();
+    let refused = try_put(&dynamo, "a", 2).await;
+    assert_eq!(refused, code("InvalidSignatureException"));
+    assert_eq!(version(&gateway, "a"), Some(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn answers_are_late_before_or_after_the_effect() {
     let (gateway, dynamo, _, _) = started(Options::new(29)).await;
     let late = Duration::from_millis(200);

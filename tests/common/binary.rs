@@ -1,7 +1,9 @@
 //! The real binary, started, asked, stopped and killed.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -9,7 +11,56 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::stand::text_of;
 
-/// A command of Farshore with nothing of this machine's AWS set-up in its environment.
+/// Longest wait for an answer of a worker's HTTP server. A stopped process still takes connections.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Has the kernel kill the process once the *thread* that starts it ends: however a test ends, even
+/// killed, its processes end with it.
+#[cfg(target_os = "linux")]
+fn die_with_parent(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+
+    let parent = rustix::process::getpid();
+    let bind = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // It may have died before anybody was to be told.
+        if rustix::process::getppid() == Some(parent) {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+    };
+    // SAFETY: between fork and exec, it makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(bind) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn die_with_parent(_command: &mut Command) {}
+
+type Started = mpsc::Sender<io::Result<Child>>;
+
+/// Starts a process from a thread that lives as long as this process does: the threads of a runtime
+/// come and go, and would take the process with them.
+fn spawn(command: Command) -> io::Result<Child> {
+    static STARTER: OnceLock<Mutex<mpsc::Sender<(Command, Started)>>> = OnceLock::new();
+    let starter = STARTER.get_or_init(|| {
+        let (orders, next) = mpsc::channel::<(Command, Started)>();
+        std::thread::spawn(move || {
+            while let Ok((mut command, started)) = next.recv() {
+                let _ = started.send(command.spawn());
+            }
+        });
+        Mutex::new(orders)
+    });
+    let (started, child) = mpsc::channel();
+    let orders = starter.lock().unwrap_or_else(PoisonError::into_inner);
+    orders.send((command, started)).unwrap();
+    drop(orders);
+    child.recv().unwrap()
+}
+
+/// A command of Farshore with nothing of this machine's AWS set-up in its environment. It ends with
+/// the thread that starts it at the latest.
 pub fn farshore(arguments: &[&str]) -> Command {
     let binary = std::env::var("FARSHORE_TEST_BINARY")
         .unwrap_or_else(|_| env!("CARGO_BIN_EXE_farshore").to_owned());
@@ -27,6 +78,7 @@ pub fn farshore(arguments: &[&str]) -> Command {
         .env("AWS_SECRET_ACCESS_KEY", "test")
         .env("AWS_EC2_METADATA_DISABLED", "true")
         .stdin(Stdio::null());
+    die_with_parent(&mut command);
     command
 }
 
@@ -83,12 +135,12 @@ impl Worker {
             .append(true)
             .open(&log)
             .unwrap();
-        let child = farshore(&["run", "--config", config.to_str().unwrap()])
+        let mut command = farshore(&["run", "--config", config.to_str().unwrap()]);
+        command
             .envs(environment.iter().copied())
             .stdout(file.try_clone().unwrap())
-            .stderr(file)
-            .spawn()
-            .unwrap();
+            .stderr(file);
+        let child = spawn(command).unwrap();
         Self { child, port, log }
     }
 
@@ -117,6 +169,12 @@ impl Worker {
 
     /// Status code and body of a path of its HTTP server.
     pub async fn get(&self, path: &str) -> Option<(u16, String)> {
+        tokio::time::timeout(ANSWER_TIMEOUT, self.ask(path))
+            .await
+            .ok()?
+    }
+
+    async fn ask(&self, path: &str) -> Option<(u16, String)> {
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", self.port))
             .await
             .ok()?;
@@ -157,6 +215,16 @@ impl Worker {
         stat.rsplit(')')
             .next()
             .is_some_and(|rest| rest.trim_start().starts_with('T'))
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its exit status, once it has ended.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// SIGKILL.

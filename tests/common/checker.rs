@@ -47,6 +47,11 @@ fn canonical(value: &AttributeValue) -> String {
 
 /// All items of a table, by their `id`.
 pub async fn items(client: &Client, table: &str) -> BTreeMap<String, String> {
+    items_by(client, table, &["id"]).await
+}
+
+/// All items of a table, by the attributes of their key.
+pub async fn items_by(client: &Client, table: &str, key: &[&str]) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let mut after = None;
     loop {
@@ -59,7 +64,8 @@ pub async fn items(client: &Client, table: &str) -> BTreeMap<String, String> {
             .await
             .unwrap();
         for item in page.items() {
-            let id = canonical(&item["id"]);
+            let parts: Vec<_> = key.iter().map(|name| canonical(&item[*name])).collect();
+            let id = parts.join("/");
             let text = canonical(&AttributeValue::M(item.clone()));
             assert!(
                 found.insert(id, text).is_none(),

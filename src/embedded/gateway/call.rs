@@ -140,8 +140,8 @@ impl<'r> Way<'r> {
                 Release::ByTime => {}
             }
         }
-        // A held write grew older meanwhile; any other was judged just now.
-        let stale = if self.was_held {
+        // What waited grew older meanwhile; anything else was judged just now.
+        let stale = if self.was_held || !plan.delay.is_zero() {
             self.region.rules.stale(&self.subject(), self.signed())
         } else {
             None

@@ -225,7 +225,7 @@ impl Fault {
     }
 
     /// Refuses requests signed longer ago than `age` with `InvalidSignatureException`, by the
-    /// system's clock; a held write is judged again when it is delivered.
+    /// system's clock; what was held or delayed is judged again when its time has come.
     pub fn stale_signature(age: Duration) -> Self {
         Self::new("stale signature", Kind::StaleSignature { age })
     }
