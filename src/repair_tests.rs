@@ -408,13 +408,11 @@ fn scripts(deletes: &[u8]) -> Vec<Script> {
 fn every_order_of_worker_repair_source_crash_and_late_effect_ends_equal() {
     // Which writes delete, with what may go wrong.
     let cases: &[(&[u8], Trouble)] = match std::env::var_os("FARSHORE_LONG") {
-        Some(_) => {
-            (&[
-                (&[0b0000, 0b0010, 0b0100, 0b1000, 0b1010], [1, 1, 1]),
-                (&[0b0000, 0b1010], [2, 1, 0]),
-                (&[0b0000, 0b1010], [2, 0, 1]),
-            ])
-        }
+        Some(_) => &[
+            (&[0b0000, 0b0010, 0b0100, 0b1000, 0b1010], [1, 1, 1]),
+            (&[0b0000, 0b1010], [2, 1, 0]),
+            (&[0b0000, 0b1010], [2, 0, 1]),
+        ],
         None => &[(&[0b0100], [1, 1, 0]), (&[0b1010], [1, 0, 1])],
     };
     let mut states = 0;
