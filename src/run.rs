@@ -6,11 +6,14 @@
 //! ```
 
 pub mod context;
+pub mod discovery;
+pub mod gone;
 pub mod letter;
 pub mod rows;
 pub mod shard;
 pub mod source;
 pub mod start;
+pub mod stream;
 pub mod table;
 
 use std::sync::Arc;
@@ -270,7 +273,13 @@ async fn beat(
                 .shards
                 .iter()
                 .filter(|row| row.epoch == shared.epoch && !row.is_finished())
-                .filter(|row| shared.board.is_current_stream(&row.table, &row.stream_arn))
+                .filter(|row| {
+                    shared
+                        .config
+                        .tables
+                        .iter()
+                        .any(|table| table.name == row.table)
+                })
                 .map(|row| (row.table.as_str(), row.shard_id.as_str(), row.proven_ms()));
             shared.board.publish(open, shared.source.clock.now_ms());
         }

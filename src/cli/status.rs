@@ -107,8 +107,8 @@ fn headroom_s(row: &ShardRow) -> Option<i64> {
 
 impl Found {
     /// Leaves out what nobody follows any more: tables no longer in the file, other epochs, and
-    /// streams that were re-created (their gap says so). Stream labels are times, so the highest is
-    /// the newest.
+    /// what is finished of streams that were re-created (their gap says so). Stream labels are
+    /// times, so the highest is the newest.
     fn keep_current(&mut self, loaded: &Loaded) {
         let epoch = self.control.as_ref().map(|control| control.epoch);
         self.shards.retain(|row| {
@@ -123,8 +123,10 @@ impl Found {
                 label.clone_into(known);
             }
         }
+        // What an old stream still has to say is applied before the new one's.
         self.shards.retain(|row| {
-            newest.get(&row.table).map(String::as_str) == Some(stream_label(&row.stream_arn))
+            !row.is_finished()
+                || newest.get(&row.table).map(String::as_str) == Some(stream_label(&row.stream_arn))
         });
     }
 
@@ -134,13 +136,17 @@ impl Found {
     }
 
     /// Open shards that nobody owns although nothing holds them back. A child waits for its
-    /// parent without an owner, and rightly so; at a rotation or a deploy nobody owns a shard for a
-    /// moment.
+    /// parent, and a new stream for the old one, without an owner, and rightly so; at a rotation or
+    /// a deploy nobody owns a shard for a moment.
     fn orphans(&self, after_ms: i64) -> impl Iterator<Item = &ShardRow> {
         self.open().filter(move |row| {
-            let waits = self.open().any(|parent| {
-                parent.stream_arn == row.stream_arn
-                    && row.parent_shard_id.contains(&parent.shard_id)
+            let waits = self.open().any(|other| {
+                let of_parent = other.stream_arn == row.stream_arn
+                    && row.parent_shard_id.contains(&other.shard_id);
+                // A new stream waits for the old one.
+                let of_old_stream = other.table == row.table
+                    && stream_label(&other.stream_arn) < stream_label(&row.stream_arn);
+                of_parent || of_old_stream
             });
             let since_ms = row.updated_at.unwrap_or(row.created_at);
             row.lease_owner.is_none() && !waits && host_ms() - since_ms > after_ms

@@ -477,13 +477,17 @@ impl<'a> Consumer<'a> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let row = self.lease.row().await;
-            let step = async {
-                let children = context.children_of(&row).await?;
-                self.lease.finish(&children).await
+            // In order of priority: a stop does not wait for a service that does not answer.
+            let children = tokio::select! {
+                biased;
+                () = self.lease.lost().cancelled() => return Ended::Lost,
+                children = context.children_of(&row) => children,
+                () = stop.cancelled() => return self.release().await,
             };
+            let finished = async { self.lease.finish(&children?).await };
             let result = tokio::select! {
                 () = self.lease.lost().cancelled() => return Ended::Lost,
-                result = step => result,
+                result = finished => result,
             };
             match result {
                 Ok(()) => {
