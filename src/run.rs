@@ -7,8 +7,10 @@
 //! ```
 
 pub mod context;
+pub mod discovery;
 pub mod doubts;
 pub mod fleet;
+pub mod gone;
 pub mod letter;
 pub mod lookout;
 pub mod member;
@@ -16,6 +18,7 @@ pub mod rows;
 pub mod shard;
 pub mod source;
 pub mod start;
+pub mod stream;
 pub mod table;
 pub mod tap;
 pub mod vital;

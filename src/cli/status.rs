@@ -173,6 +173,7 @@ impl Found {
                 label.clone_into(known);
             }
         }
+        // What an old stream still has to say is applied before the new one's.
         self.shards.retain(|row| {
             !row.is_finished()
                 || newest.get(&row.table).map(String::as_str) == Some(stream_label(&row.stream_arn))
@@ -185,8 +186,8 @@ impl Found {
     }
 
     /// Open shards that nobody owns although nothing holds them back. A child waits for its
-    /// parent without an owner, and rightly so; at a rotation or a deploy nobody owns a shard for a
-    /// moment.
+    /// parent, and a new stream for the old one, without an owner, and rightly so; at a rotation or
+    /// a deploy nobody owns a shard for a moment.
     fn orphans(&self, after_ms: i64) -> impl Iterator<Item = &ShardRow> {
         let epoch = self.shards.first().map_or(0, |row| row.epoch);
         readable(&self.shards, epoch).filter(move |row| {

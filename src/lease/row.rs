@@ -211,6 +211,7 @@ impl ShardRow {
     pub fn tracked(&self) -> Tracked {
         Tracked {
             parent: self.parent_shard_id.first().cloned().map(ShardId),
+            children: self.child_shard_ids.iter().cloned().map(ShardId).collect(),
             started: !matches!(self.checkpoint.as_str(), TRIM_HORIZON | AT_TIMESTAMP),
             finished: self.is_finished(),
         }
@@ -247,6 +248,10 @@ pub struct StreamRow {
     /// Whether the shards of the first listing all have their rows. A shard found later starts
     /// at its beginning.
     pub initialised: bool,
+    /// Whether a newer stream has taken its place and all its shards are finished: no row of it is
+    /// made any more, and the newer stream's shards may be read.
+    #[serde(default)]
+    pub finished: bool,
 }
 
 impl StreamRow {
@@ -254,6 +259,11 @@ impl StreamRow {
     pub fn key(epoch: u64, table: &str, stream_arn: &str) -> String {
         let label = crate::stream::stream_label(stream_arn);
         format!("stream#{epoch}#{table}#{label}")
+    }
+
+    /// Whether it is a row of `table` in this epoch.
+    pub fn is_of(&self, epoch: u64, table: &str) -> bool {
+        self.table == table && self.lease_key == Self::key(epoch, table, &self.stream_arn)
     }
 
     /// Where the shards of the first listing start.

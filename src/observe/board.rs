@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// A stream keeps its records for 24 hours. Source: the developer guide.
 pub const RETENTION_MS: i64 = 24 * 60 * 60 * 1_000;
@@ -49,12 +50,23 @@ pub struct Totals {
     pub dead_letters: AtomicU64,
 }
 
+/// How the listing of one stream goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listings {
+    /// When its task began, or the last page of a listing came.
+    pub progress: Instant,
+    /// When the last complete listing began.
+    pub complete: Option<Instant>,
+}
+
 /// Where all shards of this process stand.
 #[derive(Debug, Default)]
 pub struct Board {
     shards: Mutex<BTreeMap<String, BTreeMap<String, Standing>>>,
     /// The stream that each table has now.
     streams: Mutex<BTreeMap<String, String>>,
+    /// How the listing of each stream goes, by table and stream.
+    listings: Mutex<BTreeMap<(String, String), Listings>>,
     /// Totals since the start.
     pub totals: Totals,
 }
@@ -79,6 +91,35 @@ impl Board {
             .unwrap_or_else(PoisonError::into_inner)
             .get(table)
             .is_some_and(|current| current == arn)
+    }
+
+    fn discoveries(&self) -> MutexGuard<'_, BTreeMap<(String, String), Listings>> {
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A page of a listing of the stream `arn` came, or its listing begins; `complete` is when the
+    /// last complete one began, if it is a new one.
+    pub fn note_listing(&self, table: &str, arn: &str, complete: Option<Instant>) {
+        let now = Instant::now();
+        let mut listings = self.discoveries();
+        let key = (table.to_owned(), arn.to_owned());
+        let noted = listings.entry(key).or_insert(Listings {
+            progress: now,
+            complete: None,
+        });
+        noted.progress = now;
+        noted.complete = complete.or(noted.complete);
+    }
+
+    /// The stream `arn` is no longer listed here.
+    pub fn forget_listing(&self, table: &str, arn: &str) {
+        self.discoveries()
+            .remove(&(table.to_owned(), arn.to_owned()));
+    }
+
+    /// How the listing of each stream goes, by table and stream ARN.
+    pub fn listings(&self) -> BTreeMap<(String, String), Listings> {
+        self.discoveries().clone()
     }
 
     /// A shard of `table` stands here now.

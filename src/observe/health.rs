@@ -205,6 +205,15 @@ impl Health {
         }
     }
 
+    /// What stopped a table, saying `text`, is over.
+    pub fn unstop_table(&self, table: &str, text: &str) {
+        let mut state = self.state();
+        if state.stopped.get(table).is_some_and(|(why, _)| why == text) {
+            tracing::info!(table, "no longer: {text}");
+            state.stopped.remove(table);
+        }
+    }
+
     /// A table is not followed yet.
     pub fn set_starting(&self, table: &str) {
         self.state().starting.insert(table.to_owned());

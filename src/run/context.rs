@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, Semaphore, watch};
 
+use super::discovery::{Discovery, Surroundings};
 use super::fleet::Fleet;
 use super::member::Member;
 use super::rows::Snapshot;
@@ -15,21 +16,17 @@ use crate::backoff::Backoff;
 use crate::config::{Config, Table};
 use crate::dead_letter::Store;
 use crate::dynamo::RegionClients;
-use crate::error::{Fault, Policy};
+use crate::error::Fault;
 use crate::lease::doubts::until_ms;
 use crate::lease::row::{GapRow, ShardRow};
 use crate::lease::table::{StateTable, record_gap};
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Scope};
-use crate::stream::ShardId;
+use crate::observe::metrics;
 use crate::stream::listing::Lister;
 use crate::stream::reader::Position;
+use crate::stream::{ShardId, stream_label};
 
-/// How often the children of an ended shard are asked for before the whole stream is listed: the
-/// answer may be empty at first.
-const CHILDREN_ATTEMPTS: u32 = 10;
-const CHILDREN_FIRST_PAUSE: Duration = Duration::from_millis(50);
-const CHILDREN_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -88,17 +85,6 @@ impl Shared {
         self.health.succeeded(Scope::State, &gap.table, part);
         self.rescan.notify_one();
     }
-
-    /// The id that the source table had when its stream was first followed.
-    pub async fn known_table_id(&self, table: &str) -> Option<String> {
-        let mut rows = self.rows.clone();
-        let snapshot = rows.wait_for(|snapshot| snapshot.read).await.ok()?;
-        snapshot
-            .streams
-            .iter()
-            .filter(|row| row.table == table)
-            .find_map(|row| row.table_id.clone())
-    }
 }
 
 /// One stream of one table, and what is needed to replay it.
@@ -111,17 +97,26 @@ pub struct TableContext {
     pub stream_arn: String,
     /// Writes to the replica.
     pub writer: Arc<Writer>,
+    /// Lists the stream.
+    pub discovery: Discovery,
 }
 
 impl TableContext {
     /// For the stream `stream_arn` of `table`; `None` for a table that is not configured.
-    pub fn of(shared: &Arc<Shared>, table: &Table, stream_arn: &str) -> Option<Arc<Self>> {
+    /// `discovery` lists it.
+    pub fn of(
+        shared: &Arc<Shared>,
+        table: &Table,
+        stream_arn: &str,
+        discovery: Discovery,
+    ) -> Option<Arc<Self>> {
         let writer = shared.writers.get(&table.name)?;
         Some(Arc::new(Self {
             writer: Arc::clone(writer),
             shared: Arc::clone(shared),
             table: table.clone(),
             stream_arn: stream_arn.to_owned(),
+            discovery,
         }))
     }
 
@@ -148,12 +143,11 @@ impl TableContext {
         shared.state.create(&row).await.map(|_| ())
     }
 
-    /// Finds the children of an ended shard and sees to it that they have rows. The listing of
-    /// children may lag behind the end of their parent, so it is asked several times, and then
-    /// the whole stream is listed. A stream that was disabled has none.
+    /// Finds the children of an ended shard and sees to it that they have rows. A stream that was
+    /// disabled has none. Waits until the service answers, and may be dropped while it does.
     ///
     /// # Errors
-    /// The fault of the call that failed.
+    /// The fault of the state table.
     pub async fn children_of(&self, row: &ShardRow) -> Result<Vec<ShardId>, Fault> {
         let parent = row.shard();
         // A listing may have shown some already, and then they have rows.
@@ -167,31 +161,7 @@ impl TableContext {
             .filter(|other| other.parent_shard_id.contains(&row.shard_id))
             .map(ShardRow::shard)
             .collect();
-        let lister = &self.shared.lister;
-        let mut backoff = Backoff::new(CHILDREN_FIRST_PAUSE, CHILDREN_LONGEST_PAUSE);
-        let mut children = Vec::new();
-        for _ in 0..CHILDREN_ATTEMPTS {
-            children = match lister.children(&row.stream_arn, &parent).await {
-                Ok(children) => children,
-                // A server that does not know the filter, or no longer knows the parent: the whole
-                // listing tells as much.
-                Err(fault) if fault.policy() != Policy::Retry => break,
-                Err(fault) => return Err(fault),
-            };
-            // Those known are no reason not to ask: a sibling must have its row as well.
-            if !children.is_empty() || !known.is_empty() {
-                break;
-            }
-            tokio::time::sleep(backoff.pause()).await;
-        }
-        if children.is_empty() && known.is_empty() {
-            let listing = lister.all(&row.stream_arn).await?;
-            children = listing
-                .shards
-                .into_iter()
-                .filter(|shard| shard.parent.as_ref() == Some(&parent))
-                .collect();
-        }
+        let children = self.discovery.children(&parent, !known.is_empty()).await;
         for child in &children {
             self.create_shard_row(&child.id, Some(&parent), &Position::TrimHorizon)
                 .await?;
@@ -202,5 +172,44 @@ impl TableContext {
             .chain(known)
             .collect();
         Ok(all.into_iter().collect())
+    }
+
+    /// Whether this is the stream that the table has now.
+    pub fn is_current(&self) -> bool {
+        let board = &self.shared.board;
+        board.is_current_stream(&self.table.name, &self.stream_arn)
+    }
+
+    /// What health knows the stream's own trouble by: an old stream's is not a new one's.
+    pub fn part(&self) -> String {
+        format!("listing {}", stream_label(&self.stream_arn))
+    }
+}
+
+impl Surroundings for TableContext {
+    fn paged(&self) {
+        let board = &self.shared.board;
+        board.note_listing(&self.table.name, &self.stream_arn, None);
+    }
+
+    fn listed(&self, began: Instant) {
+        let board = &self.shared.board;
+        board.note_listing(&self.table.name, &self.stream_arn, Some(began));
+        self.shared.health.listed(&self.table.name);
+    }
+
+    fn succeeded(&self) {
+        let health = &self.shared.health;
+        health.succeeded(Scope::Source, &self.table.name, &self.part());
+    }
+
+    fn failed(&self, fault: &Fault) {
+        metrics::retried(&self.table.name, fault.class);
+        let health = &self.shared.health;
+        health.failed(Scope::Source, &self.table.name, &self.part(), fault);
+    }
+
+    fn is_replaced(&self) -> bool {
+        !self.is_current()
     }
 }

@@ -11,6 +11,7 @@ use rand::seq::SliceRandom;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
+use super::discovery::discovery;
 use super::letter::Letter;
 use super::tap::Gate;
 use crate::backoff::Backoff;
@@ -351,7 +352,10 @@ async fn repair_claimed(
     claim: &Arc<Claim>,
     stop: &CancellationToken,
 ) -> Result<(), Unfinished> {
-    let Some(context) = TableContext::of(shared, table, &claim.row().stream_arn) else {
+    let arn = claim.row().stream_arn;
+    // Nobody lists for a repair, and a repair asks for no listing.
+    let (discovery, _) = discovery();
+    let Some(context) = TableContext::of(shared, table, &arn, discovery) else {
         return Ok(());
     };
     let mut repair = DoubtRepair {

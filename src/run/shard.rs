@@ -559,14 +559,21 @@ impl<'a> Consumer<'a> {
             self.vital.ends();
             let lease = self.lease;
             let row = lease.row().await;
-            let step = async {
+            // In order of priority: a stop does not wait for a service that does not answer.
+            let children = tokio::select! {
+                biased;
+                () = lease.lost().cancelled() => return Ended::Lost,
+                children = context.children_of(&row) => children,
+                () = stop.cancelled() => return self.release().await,
+            };
+            let finished = async {
+                // Whoever reads the children must not find this one's doubts missing.
                 self.store_doubts().await?;
-                let children = context.children_of(&row).await?;
-                lease.finish(&children).await
+                lease.finish(&children?).await
             };
             let result = tokio::select! {
                 () = lease.lost().cancelled() => return Ended::Lost,
-                result = step => result,
+                result = finished => result,
             };
             match result {
                 Ok(()) => {

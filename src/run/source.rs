@@ -148,20 +148,13 @@ async fn lost_position(
     }
     // Not found: only a complete listing without the shard makes it certain; a stream or table
     // that is gone as a whole may come back.
-    match context.shared.lister.all(stream_arn).await {
-        Ok(listing) if !listing.shards.iter().any(|listed| listed.id == *shard) => {
-            record_gap(context, GapReason::ShardVanished, stream_arn, shard).await;
-            true
-        }
-        Ok(_) => {
-            health.failed(Scope::Source, table, &shard.0, fault);
-            false
-        }
-        Err(other) => {
-            health.failed(Scope::Source, table, &shard.0, &other);
-            false
-        }
+    let listed = context.discovery.listing().await;
+    if listed.shards.iter().any(|listed| listed.id == *shard) {
+        health.failed(Scope::Source, table, &shard.0, fault);
+        return false;
     }
+    record_gap(context, GapReason::ShardVanished, stream_arn, shard).await;
+    true
 }
 
 /// Stores a gap row. Reading does not go on before it is durable: a gap that nobody sees is a

@@ -15,6 +15,7 @@ fn shard(n: usize, parent: Option<usize>) -> Shard {
 fn row(parent: Option<usize>, started: bool, finished: bool) -> Tracked {
     Tracked {
         parent: parent.map(id),
+        children: Vec::new(),
         started,
         finished,
     }
@@ -95,6 +96,59 @@ fn an_unfinished_shard_that_vanishes_is_reported_and_a_finished_one_is_not() {
     assert!(plan(&[], false, &rows, &none()).vanished.is_empty());
 }
 
+#[test]
+fn no_ancestor_is_read_again_once_a_descendant_began() {
+    // Only the grandchild has a row; the listing still knows how it came to be.
+    let listing = [shard(1, None), shard(2, Some(1)), shard(3, Some(2))];
+    let rows = BTreeMap::from([(id(3), row(Some(2), true, false))]);
+    let again = plan(&listing, true, &rows, &none());
+    assert!(again.create.is_empty(), "{:?}", again.create);
+    // A row made anew all the same is not read, and goes when the service forgets the shard.
+    let rows = BTreeMap::from([
+        (id(1), row(None, false, false)),
+        (id(2), row(Some(1), false, true)),
+        (id(3), row(Some(2), true, false)),
+    ]);
+    assert_eq!(
+        plan(&listing, true, &rows, &none()).startable,
+        BTreeSet::from([id(3)])
+    );
+    let later = plan(&listing[2..], true, &rows, &none());
+    assert!(later.vanished.is_empty(), "{:?}", later.vanished);
+    assert_eq!(
+        deletable(&listing[2..], &rows),
+        BTreeSet::from([id(1), id(2)])
+    );
+}
+
+#[test]
+fn a_row_is_kept_while_its_shard_is_listed_or_a_child_has_not_begun() {
+    let finished = |children: &[usize]| Tracked {
+        children: children.iter().copied().map(id).collect(),
+        ..row(None, true, true)
+    };
+    let waiting = BTreeMap::from([
+        (id(1), finished(&[2, 3])),
+        (id(2), row(Some(1), true, false)),
+        (id(3), row(Some(1), false, false)),
+    ]);
+    let children = [shard(2, Some(1)), shard(3, Some(1))];
+    assert!(deletable(&children, &waiting).is_empty());
+    let mut begun = waiting.clone();
+    begun.insert(id(3), row(Some(1), true, false));
+    assert_eq!(deletable(&children, &begun), BTreeSet::from([id(1)]));
+    let all = [shard(1, None), shard(2, Some(1)), shard(3, Some(1))];
+    assert!(deletable(&all, &begun).is_empty(), "still listed");
+    // A child whose row is not there: still listed, it may never have had one; else it was deleted
+    // as finished.
+    begun.remove(&id(3));
+    assert!(deletable(&children, &begun).is_empty());
+    assert_eq!(deletable(&children[..1], &begun), BTreeSet::from([id(1)]));
+    // The row of a child counts even if its parent does not name it.
+    let unnamed = BTreeMap::from([(id(1), finished(&[])), (id(2), row(Some(1), false, false))]);
+    assert!(deletable(&[shard(2, Some(1))], &unnamed).is_empty());
+}
+
 /// A forest of shards: each has a parent among the earlier ones, or none.
 fn forest() -> impl Strategy<Value = Vec<Option<usize>>> {
     prop::collection::vec(any::<prop::sample::Index>(), 1..20).prop_map(|picks| {
@@ -132,7 +186,7 @@ proptest! {
             // A listing that misses a shard looks complete: the service does not say so.
             let plan = plan(&listing, true, &rows, &none());
             for new in plan.create {
-                rows.insert(new.id, Tracked { parent: new.parent, started: false, finished: false });
+                rows.insert(new.id, Tracked { parent: new.parent, children: Vec::new(), started: false, finished: false });
             }
             let startable: Vec<ShardId> = plan.startable.into_iter().collect();
             if startable.is_empty() {

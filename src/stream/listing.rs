@@ -1,7 +1,8 @@
 //! Listing the shards of a stream: paged, and paced below the service's limit.
 
 use std::num::NonZeroU32;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use aws_sdk_dynamodbstreams::Client;
 use aws_sdk_dynamodbstreams::types::{
@@ -13,8 +14,8 @@ use super::{Shard, ShardId};
 use crate::error::{Class, Fault, Operation, classify};
 
 /// DescribeStream takes ten calls a second over all streams of an account; others call it, too.
-/// The `unwrap` is evaluated by the compiler.
-const CALLS_PER_SECOND: NonZeroU32 = NonZeroU32::new(8).unwrap();
+/// The fleet makes one every 125 ms: eight a second.
+const PAUSE_OF_FLEET: Duration = Duration::from_millis(125);
 /// A listing longer than this is not believed: 100,000 shards at 100 a page.
 const PAGES_MAX: usize = 1_000;
 
@@ -29,30 +30,69 @@ pub struct Listing {
     pub enabled: bool,
 }
 
-/// Lists shards for all tables of a process at one shared pace.
+/// Lists shards for all tables of a process at one shared pace: the process's share of the fleet's.
 #[derive(Clone)]
 pub struct Lister {
     client: Client,
-    pace: Arc<DefaultDirectRateLimiter>,
+    pace: Arc<Mutex<Pace>>,
+}
+
+/// How fast this process may list.
+struct Pace {
+    workers: u32,
+    limiter: Arc<DefaultDirectRateLimiter>,
+}
+
+impl Pace {
+    /// One worker's share among `workers`.
+    fn among(workers: u32) -> Self {
+        let one = NonZeroU32::MIN;
+        let quota = Quota::with_period(PAUSE_OF_FLEET * workers)
+            // Only a period of zero gives none, and there is one worker at least.
+            .unwrap_or(Quota::per_second(one));
+        Self {
+            workers,
+            limiter: Arc::new(RateLimiter::direct(quota.allow_burst(one))),
+        }
+    }
 }
 
 impl Lister {
-    /// A lister over `client`. Clones share its pace.
+    /// A lister over `client`, for a fleet of one. Clones share its pace.
     pub fn new(client: Client) -> Self {
-        let quota = Quota::per_second(CALLS_PER_SECOND).allow_burst(NonZeroU32::MIN);
         Self {
             client,
-            pace: Arc::new(RateLimiter::direct(quota)),
+            pace: Arc::new(Mutex::new(Pace::among(1))),
         }
     }
 
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        // A poisoned lock still holds a whole pace.
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says how many workers live in the fleet, this one included: the service's limit is one for
+    /// all of them. Calls that wait for their turn already keep it.
+    pub fn set_workers(&self, workers: usize) {
+        let workers = u32::try_from(workers).unwrap_or(u32::MAX).max(1);
+        let mut pace = self.pace();
+        if pace.workers != workers {
+            *pace = Pace::among(workers);
+        }
+    }
+
+    /// How many workers share the service's limit; 1 at least.
+    pub fn workers(&self) -> u32 {
+        self.pace().workers
+    }
+
     /// Lists all shards of the stream `arn`. The result is complete as far as the service says
-    /// so: it may still lack a shard.
+    /// so: it may still lack a shard. `on_page` hears of every page that came.
     ///
     /// # Errors
     /// The fault of the first call that failed.
-    pub async fn all(&self, arn: &str) -> Result<Listing, Fault> {
-        self.list(arn, None).await
+    pub async fn all(&self, arn: &str, on_page: impl Fn()) -> Result<Listing, Fault> {
+        self.list(arn, None, on_page).await
     }
 
     /// The children of the ended shard `parent`, as far as they are listed yet. Servers that do
@@ -65,7 +105,7 @@ impl Lister {
             .r#type(ShardFilterType::ChildShards)
             .shard_id(&parent.0)
             .build();
-        let listing = self.list(arn, Some(filter)).await?;
+        let listing = self.list(arn, Some(filter), || {}).await?;
         Ok(listing
             .shards
             .into_iter()
@@ -95,11 +135,17 @@ impl Lister {
         }
     }
 
-    async fn list(&self, arn: &str, filter: Option<ShardFilter>) -> Result<Listing, Fault> {
+    async fn list(
+        &self,
+        arn: &str,
+        filter: Option<ShardFilter>,
+        on_page: impl Fn(),
+    ) -> Result<Listing, Fault> {
         let mut shards = Vec::new();
         let mut after: Option<String> = None;
         for _ in 0..PAGES_MAX {
-            self.pace.until_ready().await;
+            let limiter = Arc::clone(&self.pace().limiter);
+            limiter.until_ready().await;
             let answer = self
                 .client
                 .describe_stream()
@@ -109,6 +155,7 @@ impl Lister {
                 .send()
                 .await
                 .map_err(|error| classify(Operation::DescribeStream, &error))?;
+            on_page();
             let Some(description) = answer.stream_description else {
                 break;
             };

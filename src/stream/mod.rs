@@ -8,6 +8,7 @@ pub mod lineage;
 pub mod listing;
 pub mod reader;
 pub mod sequence;
+pub mod succession;
 
 use std::fmt;
 
