@@ -81,7 +81,8 @@ async fn a_stream_made_anew_without_new_images_is_not_followed() {
     assert!(worker.stop().await.success());
 }
 
-/// A table deleted and created anew is another table: it stops and asks.
+/// A table deleted and created anew is another table: it stops and asks, and goes on by itself once
+/// it is told to follow it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_made_anew_stops_and_asks() {
     let stand = Stand::gateways(Options::new(common::seed()), Options::new(1)).await;
@@ -108,6 +109,20 @@ async fn a_table_made_anew_stops_and_asks() {
         1,
         "the new table's items were applied to the old one's replica"
     );
+    let state = stand.state_table();
+    for row in common::stand::state_rows(&stand.target, &state).await {
+        if row.get("table") == Some(&s(table.as_str())) {
+            let delete = stand.target.delete_item().table_name(&state);
+            let delete = delete.key("leaseKey", row["leaseKey"].clone());
+            delete.send().await.unwrap();
+        }
+    }
+    let followed = async || {
+        let (_, body) = worker.get("/readyz").await.unwrap_or_default();
+        let held = common::checker::items(&stand.target, &table).await;
+        !body.contains("table-stopped") && held.len() == 2
+    };
+    eventually("it goes on", Duration::from_secs(20), followed).await;
     assert!(worker.stop().await.success());
 }
 

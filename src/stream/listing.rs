@@ -194,3 +194,26 @@ impl Lister {
         ))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[tokio::test]
+    async fn a_fleet_of_four_lists_at_a_quarter_of_the_pace_each() {
+        for workers in [1, 4] {
+            let pace = Pace::among(workers);
+            let start = Instant::now();
+            for _ in 0..3 {
+                pace.limiter.until_ready().await;
+            }
+            let least = PAUSE_OF_FLEET * workers * 2;
+            assert!(
+                start.elapsed() >= least.mul_f64(0.95),
+                "{workers}: {:?}",
+                start.elapsed()
+            );
+        }
+    }
+}
