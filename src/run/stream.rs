@@ -660,6 +660,8 @@ impl Stream {
         }
         let keys = readable.keys().map(|key| (*key).clone()).collect();
         shared.fleet.set_readable(&self.key, keys);
+        // The limit of listings is one for the whole fleet.
+        shared.lister.set_workers(snapshot.living.len());
         let take = shared.fleet.share_out(snapshot);
         let mut refused = false;
         for (key, (row, position)) in readable {
