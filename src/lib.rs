@@ -16,6 +16,7 @@
 //! | list | [`stream::listing`] | paged, paced below the service's limit |
 //! | lineage | [`stream::lineage`] (pure) | a child never starts before its parents are finished |
 //! | own | [`lease::rules`] (pure), [`lease::held`], [`lease::table`] | one owner a shard, by conditional writes; nothing is sent once a lease has run out |
+//! | share | [`lease::share`] (pure), [`run::fleet`], [`run::member`] | every shard is read, by even shares; handed over drained, never torn away; in a steady fleet nothing moves |
 //! | read | [`stream::reader`], [`run::source`] | from the checkpoint to the end of the shard, the last page's records included |
 //! | decode | [`stream::change`] | images are moved into the types that are written, never cloned |
 //! | coalesce | [`apply::coalesce`] (pure) | order per key, one write of a key at a time, and how far everything is durable |
