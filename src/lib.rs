@@ -13,8 +13,8 @@
 //!
 //! | step | where | what it promises |
 //! | --- | --- | --- |
-//! | list | [`stream::listing`] | paged, paced below the service's limit |
-//! | lineage | [`stream::lineage`] (pure) | a child never starts before its parents are finished |
+//! | list | [`run::discovery`], [`stream::listing`] | out of everybody's way; paged, paced below the service's limit |
+//! | lineage | [`stream::lineage`], [`stream::succession`] (pure) | a child never starts before its parents are finished, a new stream never before the old one |
 //! | own | [`lease::rules`] (pure), [`lease::held`], [`lease::table`] | one owner a shard, by conditional writes; nothing is sent once a lease has run out |
 //! | share | [`lease::share`] (pure), [`run::fleet`], [`run::member`] | every shard is read, by even shares; handed over drained, never torn away; in a steady fleet nothing moves |
 //! | read | [`stream::reader`], [`run::source`] | from the checkpoint to the end of the shard, the last page's records included |
@@ -30,7 +30,7 @@
 //!
 //! * [`cli`] holds the commands; `main` only turns their [`error::Exit`] into an exit code.
 //! * [`run`] puts the worker together and stops it in order; [`run::table`] follows a table,
-//!   [`run::shard`] a shard.
+//!   [`run::stream`] one of its streams, [`run::shard`] a shard.
 //! * [`lease::control`] (pure) decides which region is active.
 //! * [`jobs`] are one-shot: provision, compare.
 //! * [`error`] maps every error to one policy, and holds the sentences that people read.

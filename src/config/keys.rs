@@ -161,7 +161,7 @@ pub const KEYS: &[Key] = &[
         "worker.discover_every",
         "duration",
         "\"30s\"",
-        "Time between complete listings of a stream. Children are asked for when their parent ends; this finds what that missed.",
+        "Time between complete listings of a stream, over the whole fleet. Children are asked for when their parent ends; this finds what that missed.",
     ),
     key(
         "worker.shutdown_grace",
