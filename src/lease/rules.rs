@@ -89,9 +89,9 @@ pub enum Refused {
 /// process start, so an earlier run of the same worker is somebody else. All our attempts from
 /// one counter write the next one, so more than one step ahead is not ours.
 ///
-/// `releasing` says that the update refused was a release: then a row without an owner, one step
-/// ahead, is most likely our own. If it is not (somebody took and released it in between), it is
-/// released all the same.
+/// `releasing` says that the update refused was a release, so nothing was in flight: then a row that
+/// is not in our name any more is released, whether by us (and perhaps taken by another since, who
+/// need not wait) or not.
 pub fn after_refusal(
     row: Option<&ShardRow>,
     owner: &str,
@@ -99,7 +99,7 @@ pub fn after_refusal(
     releasing: bool,
 ) -> Refused {
     match row {
-        Some(row) if releasing && row.lease_owner.is_none() => Refused::Released,
+        Some(row) if releasing && row.lease_owner.as_deref() != Some(owner) => Refused::Released,
         Some(row)
             if row.lease_owner.as_deref() == Some(owner)
                 && row.lease_counter == known_counter + 1 =>
@@ -182,6 +182,15 @@ mod tests {
         );
         assert_eq!(
             after_refusal(Some(&released), "me#1", 4, false),
+            Refused::Lost
+        );
+        let taken_since = row(Some("you"), 6);
+        assert_eq!(
+            after_refusal(Some(&taken_since), "me#1", 4, true),
+            Refused::Released
+        );
+        assert_eq!(
+            after_refusal(Some(&taken_since), "me#1", 4, false),
             Refused::Lost
         );
         assert_eq!(after_refusal(None, "me#1", 4, false), Refused::Lost);
