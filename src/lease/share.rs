@@ -26,9 +26,9 @@ const RESERVED_HALF_LEASES: u32 = 3;
 /// After how many lease durations a free shard shows that those with room do not take.
 const LYING_LEASES: u32 = 2;
 /// For how many lease durations a worker that did not take what it asked for gets nothing; doubled
-/// each time.
-const REFUSED_LEASES: u32 = 10;
-const REFUSED_DOUBLINGS_MAX: u32 = 6;
+/// each time. Short at first: it may only have been busy.
+const REFUSED_LEASES: u32 = 3;
+const REFUSED_DOUBLINGS_MAX: u32 = 8;
 
 /// Who has a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
