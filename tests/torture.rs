@@ -23,6 +23,9 @@ use torture_support::{Report, torture};
 /// A fault must strike if this many seeds have it.
 const SEEDS_TO_STRIKE: usize = 4;
 
+/// More than all the waits of a seed at its slowest.
+const SEED_MAX: Duration = Duration::from_secs(480);
+
 /// The seeds of this run.
 fn seeds() -> Vec<u64> {
     let asked = std::env::var("FARSHORE_TORTURE_SEEDS");
@@ -46,7 +49,11 @@ fn run(seed: u64) -> Report {
         .enable_all()
         .build()
         .unwrap();
-    let told = std::panic::catch_unwind(|| runtime.block_on(torture(seed)));
+    let bounded = async { tokio::time::timeout(SEED_MAX, torture(seed)).await };
+    let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let in_time = runtime.block_on(bounded);
+        in_time.unwrap_or_else(|_| panic!("no verdict within {SEED_MAX:?}"))
+    }));
     runtime.shutdown_timeout(Duration::from_secs(1));
     told.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();

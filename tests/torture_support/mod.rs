@@ -29,6 +29,8 @@ use workload::{Poison, Workload};
 /// Until all is settled: far more than it takes. On a machine that is overloaded leases go on being
 /// lost, and each loss leaves a doubt.
 const PATIENCE: Duration = Duration::from_secs(240);
+/// Until the first workers read every shard.
+const START_PATIENCE: Duration = Duration::from_secs(60);
 /// Items written before the faults end, as long as their time allows.
 const WRITES_MIN: u64 = 800;
 /// How keys begin that the replica refuses.
@@ -282,7 +284,7 @@ async fn started(stand: &Stand, tables: &Tables, random: &mut StdRng) -> (Fleet,
     }
     // Without a fault so far, every shard finds its owner. What is written from then on is
     // replicated, and a table that already holds items is a gap.
-    let open = verdict::settle(stand, tables, &mut fleet, 0, PATIENCE).await;
+    let open = verdict::settle(stand, tables, &mut fleet, 0, START_PATIENCE).await;
     assert!(
         open.is_empty(),
         "not even begun: {open:?}\n{}",
