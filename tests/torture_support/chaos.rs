@@ -34,14 +34,41 @@ pub struct Chaos<'a> {
     pub tables: &'a Tables,
     pub fleet: &'a mut Fleet,
     pub faults: &'a mut Faults,
-    pub pace: Pace,
-    pub random: StdRng,
-    /// When a region comes back.
-    pub away: [Option<Instant>; 2],
     pub regions_away: u64,
+    pace: Pace,
+    random: StdRng,
+    /// When a region comes back.
+    away: [Option<Instant>; 2],
+    next: Instant,
+    next_outage: Instant,
+    outages: Vec<Away>,
 }
 
-impl Chaos<'_> {
+impl<'a> Chaos<'a> {
+    pub fn new(
+        stand: &'a mut Stand,
+        tables: &'a Tables,
+        fleet: &'a mut Fleet,
+        faults: &'a mut Faults,
+        pace: Pace,
+        random: StdRng,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            stand,
+            tables,
+            fleet,
+            faults,
+            regions_away: 0,
+            pace,
+            random,
+            away: [None; 2],
+            next: now,
+            next_outage: now + pace.times(OUTAGE_EVERY),
+            outages: Vec::new(),
+        }
+    }
+
     /// Rages until its time is up and enough items are `written`.
     pub async fn run(&mut self, written: &AtomicU64) {
         let (start, pace) = (Instant::now(), self.pace);
@@ -49,28 +76,38 @@ impl Chaos<'_> {
             0..WRITES_MIN => since > pace.chaos_max(),
             _ => since > pace.chaos(),
         };
-        let (mut next, mut next_outage) =
-            (Instant::now(), Instant::now() + pace.times(OUTAGE_EVERY));
-        let mut outages = Vec::new();
         while !over(start.elapsed()) {
-            self.fleet.tend();
-            self.faults.tend();
-            self.bring_back().await;
-            if Instant::now() >= next {
-                self.act();
-                next = Instant::now() + pace.times(self.random.random_range(100..450));
-            }
-            if Instant::now() >= next_outage {
-                if outages.is_empty() {
-                    outages = self.every_outage();
-                }
-                if let Some(outage) = outages.pop() {
-                    self.begin(outage).await;
-                }
-                next_outage = Instant::now() + pace.times(OUTAGE_EVERY);
-            }
-            tokio::time::sleep(TICK).await;
+            self.step().await;
         }
+    }
+
+    /// Rages on for that time, worse than before.
+    pub async fn run_on(&mut self, time: Duration) {
+        self.faults.volley();
+        let start = Instant::now();
+        while start.elapsed() < time {
+            self.step().await;
+        }
+    }
+
+    async fn step(&mut self) {
+        self.fleet.tend();
+        self.faults.tend();
+        self.bring_back().await;
+        if Instant::now() >= self.next {
+            self.act();
+            self.next = Instant::now() + self.pace.times(self.random.random_range(100..450));
+        }
+        if Instant::now() >= self.next_outage {
+            if self.outages.is_empty() {
+                self.outages = self.every_outage();
+            }
+            if let Some(outage) = self.outages.pop() {
+                self.begin(outage).await;
+            }
+            self.next_outage = Instant::now() + self.pace.times(OUTAGE_EVERY);
+        }
+        tokio::time::sleep(TICK).await;
     }
 
     /// Everything comes back.

@@ -8,17 +8,8 @@ use rand::rngs::StdRng;
 
 use super::{POISON, Pace, Tables};
 
-/// Faults left out, by name, because what withstands them is not built yet. None may remain.
-///
-/// A write that takes effect after its lease is repaired only once there are doubts and repairs. A
-/// worker that is stopped before it transmits makes such writes as well.
-pub const NOT_YET: &[&str] = &[HELD, HELD_LONG, HELD_HUNG_UP, PAUSES];
-
 /// No fault of the service: workers are stopped (SIGSTOP) and continued.
 pub const PAUSES: &str = "worker: paused";
-const HELD: &str = "replica: held";
-const HELD_LONG: &str = "replica: held long";
-const HELD_HUNG_UP: &str = "replica: held, hung up";
 
 const SOURCE: usize = 0;
 const TARGET: usize = 1;
@@ -34,6 +25,9 @@ enum When {
     Often,
     /// In moments that the seed picks: an outage of a part.
     Episode,
+    /// From shortly before the last write on, until the service recovers. Before that, newer writes
+    /// hide most of what a late one does.
+    Volley,
     /// In every seed and to the end: how the service or the data is. It need not strike.
     Always,
 }
@@ -65,6 +59,7 @@ impl Struck {
 pub struct Faults {
     all: Vec<Struck>,
     episodes: Vec<usize>,
+    volley: Vec<usize>,
     open: Vec<(usize, Instant)>,
 }
 
@@ -83,11 +78,14 @@ impl Faults {
                 When::Often if known.chance < 1.0 => fault.chance(known.chance * temper),
                 When::Often => fault,
                 When::Episode => fault.switched_off(),
+                When::Volley => fault.chance(known.chance).switched_off(),
                 When::Always => fault.chance(known.chance),
             };
             let handle = gateways[known.region].inject(fault);
-            if known.when == When::Episode {
-                faults.episodes.push(faults.all.len());
+            match known.when {
+                When::Episode => faults.episodes.push(faults.all.len()),
+                When::Volley => faults.volley.push(faults.all.len()),
+                When::Often | When::Always => {}
             }
             faults.all.push(Struck {
                 name: known.name,
@@ -108,6 +106,13 @@ impl Faults {
         let fault = self.episodes[kind];
         self.all[fault].handle.on();
         self.open.push((fault, Instant::now() + length));
+    }
+
+    /// The last and worst: many writes are held back.
+    pub fn volley(&self) {
+        for fault in &self.volley {
+            self.all[*fault].handle.on();
+        }
     }
 
     /// Ends the episodes whose time is over.
@@ -135,12 +140,11 @@ impl Faults {
     }
 }
 
-/// Whether a fault is left out: for want of what withstands it (unless `FARSHORE_TORTURE_ALL` is
-/// set), or because `FARSHORE_TORTURE_WITHOUT=name;name` says so, to find out which is to blame.
+/// Whether a fault is left out to find out which one is to blame:
+/// `FARSHORE_TORTURE_WITHOUT="replica: held;worker: paused"`.
 pub fn is_left_out(name: &str) -> bool {
     let without = std::env::var("FARSHORE_TORTURE_WITHOUT").unwrap_or_default();
-    let all = std::env::var_os("FARSHORE_TORTURE_ALL").is_some();
-    without.split(';').any(|part| part.trim() == name) || (!all && NOT_YET.contains(&name))
+    without.split(';').any(|part| part.trim() == name)
 }
 
 /// All of them. Chances are small where one call has many dangers.
@@ -230,13 +234,14 @@ fn replica_faults(tables: &Tables, pace: Pace) -> Vec<Known> {
     let key_range = Fault::throttle(Limit::KeyRange).key_range(0.0..0.3);
     let new_code = Fault::code(400, "SomethingNewException", "Nobody has met this one yet");
     let held_hung_up = Fault::hold(pace.times(2_000)).hanging_up();
+    let last = Fault::hold(pace.times(2_500)).hanging_up();
     let refused = "This replica refuses the item";
     let poison = Fault::code(400, "ValidationException", refused).key(POISON);
     vec![
         often("replica: throttled by the table", provisioned, 0.03),
         often("replica: throttled by its maximum", maximum, 0.03),
         often("replica: throttled by the account", account, 0.03),
-        often("replica: throttled key range", key_range, 0.05),
+        often("replica: throttled key range", key_range, 0.08),
         often("replica: unprocessed", Fault::unprocessed(0.4), 0.1),
         often("replica: 500 before", Fault::error_before(), 0.03),
         often("replica: 500 after", Fault::error_after(), 0.03),
@@ -247,9 +252,10 @@ fn replica_faults(tables: &Tables, pace: Pace) -> Vec<Known> {
         often("replica: cut within", Fault::cut_within(), 0.02),
         often("replica: delayed", Fault::delay(ms(120)), 0.03),
         often("replica: slow", Fault::slow_answer(ms(150)), 0.03),
-        often(HELD, Fault::hold(pace.times(900)), 0.025),
-        often(HELD_LONG, Fault::hold(pace.times(2_900)), 0.025),
-        often(HELD_HUNG_UP, held_hung_up, 0.03),
+        often("replica: held", Fault::hold(pace.times(900)), 0.03),
+        often("replica: held long", Fault::hold(pace.times(2_900)), 0.03),
+        often("replica: held, hung up", held_hung_up, 0.03),
+        onto(When::Volley, "replica: held at the end", last, 0.4),
         episode("replica: denied", Fault::access_denied()),
         episode("replica: away", Fault::unavailable()),
         // Signed requests die: what is held or delayed for longer has no effect any more.

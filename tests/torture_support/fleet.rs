@@ -77,7 +77,10 @@ impl Fleet {
     fn start(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         slot.log_begins = text_of(&slot.config.with_extension("log")).len();
-        slot.state = State::Up(Worker::start(&slot.config));
+        // With a safeguard turned off, to see the test fail: FARSHORE_TORTURE_MUTATION=doubts.
+        let off = std::env::var("FARSHORE_TORTURE_MUTATION").unwrap_or_default();
+        let environment = [("FARSHORE_TEST_MUTATION", off.as_str())];
+        slot.state = State::Up(Worker::start_with(&slot.config, &environment));
         self.done.starts += 1;
     }
 
