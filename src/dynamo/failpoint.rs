@@ -7,12 +7,16 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use aws_smithy_runtime_api::client::orchestrator::HttpRequest;
 use rustix::process::{Signal, getpid, kill_process};
 
 /// Names the operation, which of its calls, and the place.
 const VARIABLE: &str = "FARSHORE_TEST_FAILPOINT";
+
+/// Within this time a signal to the process has stopped all of its threads.
+const SETTLE: Duration = Duration::from_millis(200);
 
 /// Calls of the operation so far, over all clients of the process.
 static CALLS: AtomicU64 = AtomicU64::new(0);
@@ -62,5 +66,7 @@ pub(super) fn pass(place: Place, request: &HttpRequest) {
     if meant && CALLS.fetch_add(1, Ordering::SeqCst) + 1 == failpoint.call {
         // A process can always signal itself.
         let _ = kill_process(getpid(), Signal::STOP);
+        // The signal may reach another thread first, and this one a moment later.
+        std::thread::sleep(SETTLE);
     }
 }

@@ -80,7 +80,9 @@ pub async fn follow_table(shared: Arc<Shared>, table: Table, stop: CancellationT
                 backoff.pause()
             }
         };
+        // The stop first: a stream that ends because of it is counted below.
         tokio::select! {
+            biased;
             () = stop.cancelled() => {}
             () = following.pulse.sleep_until(Instant::now() + pause) => {}
             Some(ended) = following.streams.join_next_with_id(), if !stop.is_cancelled() => {
