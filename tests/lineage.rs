@@ -89,6 +89,7 @@ struct Counting {
     pages: AtomicU64,
     listings: AtomicU64,
     failures: AtomicU64,
+    deaths: AtomicU64,
 }
 
 impl Surroundings for Counting {
@@ -102,6 +103,9 @@ impl Surroundings for Counting {
     fn succeeded(&self) {}
     fn failed(&self, _fault: &farshore::error::Fault) {
         self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+    fn died(&self) {
+        self.deaths.fetch_add(1, Ordering::Relaxed);
     }
     fn is_replaced(&self) -> bool {
         true

@@ -157,6 +157,8 @@ pub struct Ledger {
     unowned: BTreeMap<(String, String), (Instant, Instant)>,
     /// Tasks that died, by kind and table.
     deaths: BTreeMap<(&'static str, String), Instant>,
+    /// Workers in the fleet: they share the listings, so each lists that much less often.
+    workers: u32,
 }
 
 impl Ledger {
@@ -164,6 +166,7 @@ impl Ledger {
     pub fn new(limits: Limits, now: Instant) -> Self {
         Self {
             limits,
+            workers: 1,
             read: now,
             pulses: BTreeMap::new(),
             listed: BTreeMap::new(),
@@ -176,6 +179,16 @@ impl Ledger {
     /// The limits it judges by.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// So many workers share the listings.
+    pub fn set_workers(&mut self, workers: usize) {
+        self.workers = u32::try_from(workers).unwrap_or(u32::MAX).max(1);
+    }
+
+    /// How long a table may go without a complete listing.
+    pub fn listing_limit(&self) -> Duration {
+        self.limits.listing.saturating_mul(self.workers)
     }
 
     /// A complete reading of the state table began at `begun`.
@@ -269,7 +282,7 @@ impl Ledger {
         let listing = self
             .listed
             .get(table)
-            .is_some_and(|seen| since(seen) > self.limits.listing * 2);
+            .is_some_and(|seen| since(seen) > self.listing_limit() * 2);
         (listing && !excuses.reading).then_some("its stream is not listed any more")
     }
 
@@ -312,7 +325,7 @@ impl Ledger {
         }
         for (table, seen) in &self.listed {
             let since = now.saturating_duration_since(*seen);
-            if since > self.limits.listing && !excuses(table).reading {
+            if since > self.listing_limit() && !excuses(table).reading {
                 let text = format!("its shards were not listed for {} s", since.as_secs());
                 find("discovery-stalled", table, text, HEALS);
             }

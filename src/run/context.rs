@@ -209,6 +209,10 @@ impl Surroundings for TableContext {
         health.failed(Scope::Source, &self.table.name, &self.part(), fault);
     }
 
+    fn died(&self) {
+        self.shared.health.task_died("discovery", &self.table.name);
+    }
+
     fn is_replaced(&self) -> bool {
         !self.is_current()
     }

@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 
 use crate::backoff::Backoff;
 use crate::error::{Class, Fault, Policy};
+use crate::mutation::trouble;
 use crate::stream::listing::Lister;
 use crate::stream::{Shard, ShardId, stream_label};
 
@@ -58,6 +59,8 @@ pub trait Surroundings: Send + Sync + 'static {
     fn succeeded(&self);
     /// A call failed; it is made again.
     fn failed(&self, fault: &Fault);
+    /// The task died; it is started again.
+    fn died(&self);
     /// Whether a newer stream has taken this one's place, so that the service may forget it.
     fn is_replaced(&self) -> bool;
 }
@@ -197,10 +200,13 @@ impl Duty {
             match tasks.join_next().await {
                 // Nobody can ask any more.
                 Some(Ok(())) => return,
-                _ => tracing::error!(
-                    stream = stream_label(&arn),
-                    "the task that lists a stream died; it is started again"
-                ),
+                _ => {
+                    surroundings.died();
+                    tracing::error!(
+                        stream = stream_label(&arn),
+                        "the task that lists a stream died; it is started again"
+                    );
+                }
             }
             tokio::time::sleep(backoff.pause()).await;
         }
@@ -328,6 +334,7 @@ impl Task {
 
     /// Lists the whole stream, publishes it, and answers what it can answer.
     async fn list_all(&mut self) {
+        trouble("discovery").await;
         let began = Instant::now();
         let pages = AtomicUsize::new(0);
         let on_page = || {

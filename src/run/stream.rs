@@ -100,6 +100,8 @@ struct Stream {
     /// What health knows the stream's own trouble by.
     part: String,
     pulse: Arc<Pulse>,
+    /// Workers of the fleet when last looked.
+    workers: usize,
     /// What the fleet knows it by.
     key: String,
     stop: CancellationToken,
@@ -217,6 +219,7 @@ impl Stream {
                 &context.table.name,
                 &context.part(),
             )),
+            workers: 1,
             key: StreamRow::key(
                 context.shared.epoch,
                 &context.table.name,
@@ -480,7 +483,14 @@ impl Stream {
         let keys = readable.keys().map(|key| (*key).clone()).collect();
         shared.fleet.set_readable(&self.key, keys);
         // The limit of listings is one for the whole fleet.
-        shared.lister.set_workers(snapshot.living.len());
+        let workers = snapshot.living.len();
+        shared.lister.set_workers(workers);
+        shared.health.set_workers(workers);
+        // Fewer of them list more often each.
+        if workers < self.workers {
+            context.discovery.list_soon();
+        }
+        self.workers = workers;
         let take = shared.fleet.share_out(snapshot);
         let mut refused = false;
         for (key, (row, position)) in readable {

@@ -141,9 +141,14 @@ impl Health {
         self.ledger(|ledger| ledger.listed(table, Instant::now()));
     }
 
+    /// So many workers share the listings.
+    pub fn set_workers(&self, workers: usize) {
+        self.ledger(|ledger| ledger.set_workers(workers));
+    }
+
     /// How long a listing may take.
     pub fn listing_limit(&self) -> Duration {
-        self.ledger(|ledger| ledger.limits().listing)
+        self.ledger(|ledger| ledger.listing_limit())
             .unwrap_or_default()
     }
 
