@@ -201,10 +201,10 @@ impl Claim {
             row.set_position(done);
         }
         // The last write leaves before the claim's end, and takes effect a late effect later at
-        // most.
+        // most. The claim counts from before that is worked out: the process may stand still here.
+        let sent = uptime();
         let end = shared.doubt_until_ms();
         row.until = row.until.max(until_ms(end, self.duration));
-        let sent = uptime();
         if shared.state.replace(&row, known).await? == Written::Refused {
             return Ok(false);
         }
