@@ -107,6 +107,23 @@ impl Pending {
     }
 }
 
+/// Widens `row`, which an owner stored before, to what that owner has in doubt now, as its next
+/// counter. False, and nothing changes, where the end of either is not a record.
+///
+/// Writes are answered in any order: what came back last may end before what is stored.
+pub fn grow(row: &mut DoubtRow, range: &Range) -> bool {
+    let stored = row.to.as_deref().and_then(SequenceNumber::parse);
+    let (Some(stored), End::Record(to)) = (stored, &range.to) else {
+        return false;
+    };
+    if *to > stored {
+        row.to = Some(to.as_str().to_owned());
+    }
+    row.until = row.until.max(range.until_ms);
+    row.lease_counter += 1;
+    true
+}
+
 /// What is in doubt when a lease is taken whose row was `before`. `source_ms` and `target_ms` are
 /// the clocks of both regions.
 pub fn on_take(

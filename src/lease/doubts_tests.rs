@@ -57,6 +57,30 @@ fn doubts_of_one_shard_become_one_range_until_they_are_stored() {
 }
 
 #[test]
+fn a_stored_doubt_grows_and_never_shrinks() {
+    let range = |to: &str, until_ms| Range {
+        from: after("7"),
+        to: End::Record(number(to)),
+        until_ms,
+        cause: DoubtCause::Unanswered,
+    };
+    let mut row = doubt(100);
+    assert!(!grow(&mut row, &range("9", 200)), "it ends with a time");
+    row.to = Some("15".to_owned());
+    assert!(grow(&mut row, &range("9", 200)));
+    assert_eq!(
+        (row.to.as_deref(), row.until, row.lease_counter),
+        (Some("15"), 200, 1)
+    );
+    assert!(grow(&mut row, &range("16", 150)));
+    assert_eq!(
+        (row.to.as_deref(), row.until, row.lease_counter),
+        (Some("16"), 200, 2)
+    );
+    assert_eq!(row.position(), Some(after("5")));
+}
+
+#[test]
 fn a_lease_that_was_not_released_puts_everything_after_its_checkpoint_in_doubt() {
     let late = Duration::from_secs(360);
     let held = shard("s", None, Some("w#1.a"), "42");

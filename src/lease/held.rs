@@ -120,11 +120,7 @@ impl Lease {
     /// # Errors
     /// As [`renew`](Self::renew).
     pub async fn checkpoint(&self, sequence: &SequenceNumber) -> Result<(), Fault> {
-        self.update(|row| {
-            sequence.as_str().clone_into(&mut row.checkpoint);
-            row.owner_switches_since_checkpoint = 0;
-        })
-        .await
+        self.update(|row| row.checkpoint_at(sequence)).await
     }
 
     /// Says that the shard was applied to its end, and names its children, which must have rows.

@@ -207,6 +207,16 @@ impl ShardRow {
         }
     }
 
+    /// Everything up to `sequence` is durable. A row that says SHARD_END keeps saying so: the update
+    /// that made it finished may have taken effect without an answer, and children may have started.
+    pub fn checkpoint_at(&mut self, sequence: &SequenceNumber) {
+        if self.is_finished() {
+            return;
+        }
+        sequence.as_str().clone_into(&mut self.checkpoint);
+        self.owner_switches_since_checkpoint = 0;
+    }
+
     /// What the lineage rules need to know of it.
     pub fn tracked(&self) -> Tracked {
         Tracked {

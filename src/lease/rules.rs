@@ -159,6 +159,17 @@ mod tests {
     }
 
     #[test]
+    fn a_finished_row_stays_finished() {
+        let sequence = crate::stream::sequence::SequenceNumber::parse("7").unwrap();
+        let mut row = row(Some("a"), 1);
+        row.checkpoint_at(&sequence);
+        assert_eq!(row.checkpoint, "7");
+        row.checkpoint = crate::lease::row::SHARD_END.to_owned();
+        row.checkpoint_at(&sequence);
+        assert!(row.is_finished());
+    }
+
+    #[test]
     fn lost_and_regained_are_told_apart() {
         let ours = row(Some("me#1"), 5);
         assert_eq!(

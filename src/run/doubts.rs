@@ -21,7 +21,7 @@ use crate::dynamo::item::ItemKey;
 use crate::dynamo::transmit::Bound;
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation, classify};
-use crate::lease::doubts::{End, Pending, Range, may_claim, until_ms};
+use crate::lease::doubts::{End, Pending, Range, grow, may_claim, until_ms};
 use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS};
 use crate::lease::rules::take_name;
 use crate::lease::table::Written;
@@ -105,12 +105,9 @@ async fn store_range(
 ) -> Result<DoubtRow, Fault> {
     let shared = &context.shared;
     let table = &context.table.name;
-    if let (Some(mut row), End::Record(to)) = (last, &range.to) {
+    if let Some(mut row) = last {
         let known = row.lease_counter;
-        to.as_str().clone_into(row.to.insert(String::new()));
-        row.until = row.until.max(range.until_ms);
-        row.lease_counter += 1;
-        if shared.state.replace(&row, known).await? == Written::Yes {
+        if grow(&mut row, range) && shared.state.replace(&row, known).await? == Written::Yes {
             return Ok(row);
         }
     }
@@ -204,10 +201,10 @@ impl Claim {
             row.set_position(done);
         }
         // The last write leaves before the claim's end, and takes effect a late effect later at
-        // most.
+        // most. The claim counts from before that is worked out: the process may stand still here.
+        let sent = uptime();
         let end = shared.doubt_until_ms();
         row.until = row.until.max(until_ms(end, self.duration));
-        let sent = uptime();
         if shared.state.replace(&row, known).await? == Written::Refused {
             return Ok(false);
         }
