@@ -216,9 +216,10 @@ impl Claim {
         row.lease_owner = None;
         row.until = world.sim.wall_ms(worker.id);
         let key = row.lease_key.clone();
-        let mut claims = world.claims.borrow_mut();
-        claims.retain(|(other, _, holder)| *other != key || *holder != worker.id);
-        drop(claims);
+        world
+            .claims
+            .borrow_mut()
+            .retain(|(other, _, holder)| *other != key || *holder != worker.id);
         let change = Change::ReplaceDoubt(row, known, Why::Claim);
         let _ = state::write(world, worker.id, change).await;
         worker.rescan();

@@ -56,6 +56,7 @@ struct Checkpointed {
 }
 
 /// What the main loop wakes up for, in order of priority.
+#[allow(clippy::large_enum_variant, reason = "one of them lives at a time")]
 enum Next {
     Lost,
     Checkpointed(Checkpointed),

@@ -28,9 +28,12 @@ const BEGIN: Ms = 1_000_000;
 
 pub type Later<T> = Pin<Box<dyn Future<Output = T>>>;
 
+/// Something that happens to the world at its time.
+type Deed = Box<dyn FnOnce(&Rc<World>)>;
+
 enum What {
     Wake(TaskId),
-    Do(Box<dyn FnOnce(&Rc<World>)>),
+    Do(Deed),
 }
 
 struct Entry {
