@@ -257,3 +257,54 @@ async fn a_silent_replica_region_is_waited_out() {
     assert!(stand.dead_letters().is_empty());
     assert!(worker.stop().await.success());
 }
+
+/// What an idle shard costs, with the intervals of production: calls by kind and minute, printed,
+/// and none of them more often than its interval says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_shard_costs_no_more_calls_than_its_intervals_say() {
+    let stand = two_gateways().await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let config = stand.config(&[&table], "");
+    let text = common::stand::text_of(&config)
+        .replace("idle_interval = \"50ms\"", "idle_interval = \"1s\"")
+        .replace("poll_interval = \"20ms\"", "poll_interval = \"250ms\"")
+        .replace("checkpoint_every = \"100ms\"", "checkpoint_every = \"1s\"")
+        .replace("discover_every = \"1s\"", "discover_every = \"30s\"")
+        .replace("duration = \"1s\"", "duration = \"10s\"");
+    std::fs::write(&config, text).unwrap();
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    // What the start and the first change cost is over.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let first = [0, 1].map(|region: usize| stand.gateways[region].next_call());
+    let seconds = 20;
+    tokio::time::sleep(Duration::from_secs(seconds)).await;
+    let mut calls: std::collections::BTreeMap<String, u64> = std::collections::BTreeMap::new();
+    for (region, first) in first.into_iter().enumerate() {
+        for call in stand.gateways[region].calls_where(|call| call.number >= first) {
+            *calls.entry(call.operation).or_default() += 1;
+        }
+    }
+    let per_minute = |operation: &str| calls.get(operation).map_or(0, |n| n * 60 / seconds);
+    for operation in calls.keys() {
+        println!("{operation}: {} a minute", per_minute(operation));
+    }
+    // One read a second; renewals of a shard and of the worker's row every 3.3 s each; the state table
+    // every 1.5 s; the source table's description and the listing every 30 s.
+    for (operation, most) in [
+        ("GetRecords", 66),
+        ("PutItem", 48),
+        ("Scan", 48),
+        ("DescribeStream", 9),
+        ("DescribeTable", 9),
+        ("BatchWriteItem", 0),
+        ("BatchGetItem", 0),
+    ] {
+        assert!(per_minute(operation) <= most, "{operation}: {calls:?}");
+    }
+    assert!(per_minute("GetRecords") >= 30, "nobody reads: {calls:?}");
+    assert!(worker.stop().await.success());
+}

@@ -30,7 +30,7 @@ pub async fn started(options: Options) -> (Gateway, Dynamo, Streams, String) {
 }
 
 /// What a walk may take; far more than it needs, far less than a test may hang.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 pub async fn config(gateway: &Gateway) -> aws_config::SdkConfig {
     aws_config::defaults(BehaviorVersion::latest())
