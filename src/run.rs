@@ -99,6 +99,12 @@ impl Worker {
 
     /// Runs until `stop` is cancelled, then drains within the configured grace.
     pub async fn run(self, stop: CancellationToken) -> Exit {
+        // Before anybody can ask: who asked early is answered first.
+        if matches!(self.role, Role::Feed(_)) {
+            for table in &self.config.tables {
+                self.health.set_starting(&table.name);
+            }
+        }
         let serving = CancellationToken::new();
         let server = tokio::spawn(server::serve(
             self.listener,
