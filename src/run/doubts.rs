@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
 use super::discovery::discovery;
-use super::letter::Letter;
 use super::tap::Gate;
 use crate::backoff::Backoff;
 use crate::config::{Table, TtlDeletes};
@@ -515,11 +514,14 @@ impl DoubtRepair<'_> {
             };
             let repaired = repairer.repair(chunk.iter().cloned()).await?;
             self.written += repaired.written;
-            let part = self.claim.row().shard_id;
-            for (change, fault, attempts) in &repaired.refused {
-                let letter = Letter::refused(context, &part, change, fault, *attempts);
-                letter.deliver(context, "repair").await;
-                metrics::dead_lettered(&context.table.name, fault.class);
+            // What the replica can never take came by a record at or after this range, and whoever
+            // reads that dead-letters it. A second letter would say nothing new.
+            if !repaired.refused.is_empty() {
+                tracing::info!(
+                    table = context.table.name,
+                    keys = repaired.refused.len(),
+                    "the replica refuses what the source holds: the dead letters have it"
+                );
             }
         }
         if done.is_some()
