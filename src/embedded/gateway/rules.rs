@@ -85,9 +85,11 @@ impl Rule {
         admitted
     }
 
-    /// A decision about a shard that stays the same however often it is asked.
+    /// A decision about a shard that stays the same however often it is asked, and in every run
+    /// of one seed: the time in an id would let each run draw anew.
     pub(crate) fn picks_shard(&self, shard: &str) -> bool {
-        self.draw(&format!("{} {shard}", self.fault.name), 0)
+        let drawn = shard.rsplit('-').next().unwrap_or(shard);
+        self.draw(&format!("{} {drawn}", self.fault.name), 0)
     }
 
     /// True the first time for each shard the dice pick.
