@@ -120,8 +120,12 @@ pub enum Operation {
     GetRecords,
     /// Writing to a replica.
     Write,
-    /// Reading items of a table.
-    ReadItems,
+    /// Reading a table from end to end.
+    Scan,
+    /// Reading items of the source by key.
+    ReadSource,
+    /// Reading items of a replica by key.
+    ReadReplica,
     /// Reading or writing the state table.
     State,
     /// Anything that creates or describes resources for `provision`.
@@ -139,7 +143,8 @@ impl Operation {
             Operation::GetShardIterator => "GetShardIterator",
             Operation::GetRecords => "GetRecords",
             Operation::Write => "BatchWriteItem",
-            Operation::ReadItems => "Scan",
+            Operation::Scan => "Scan",
+            Operation::ReadSource | Operation::ReadReplica => "BatchGetItem",
             Operation::State => "state table access",
             Operation::Provision => "provisioning",
             Operation::Queue => "SQS",

@@ -54,6 +54,27 @@ const ROUNDS_MAX: usize = 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// How often a call that fails in a way that passes by itself is made again at once. Then the
+/// repair is left, reported and begun again: its intent stays, and nobody waits unseen.
+const ATTEMPTS_MAX: u32 = 10;
+
+/// Counts the attempts of one call.
+#[derive(Debug, Default)]
+pub struct Attempts(u32);
+
+impl Attempts {
+    /// Whether there is to be another attempt after one that failed.
+    pub fn again(&mut self) -> bool {
+        self.0 += 1;
+        self.0 < ATTEMPTS_MAX
+    }
+
+    /// An attempt succeeded.
+    pub fn reset(&mut self) {
+        self.0 = 0;
+    }
+}
+
 /// What to do next for one key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Step<V> {
@@ -265,7 +286,7 @@ impl Repairer<'_> {
     }
 
     async fn read_source(&self, open: &mut [Key]) -> Result<(), Unfinished> {
-        let found = self.read(self.source, open).await?;
+        let found = self.read(Operation::ReadSource, self.source, open).await?;
         for key in open {
             key.repair.source(Held(found.get(&key.id).cloned()));
         }
@@ -273,7 +294,9 @@ impl Repairer<'_> {
     }
 
     async fn read_replica(&self, open: &mut [Key]) -> Result<(), Unfinished> {
-        let found = self.read(self.replica, open).await?;
+        let found = self
+            .read(Operation::ReadReplica, self.replica, open)
+            .await?;
         for key in open {
             let held = found.get(&key.id).cloned();
             let gone = matches!(&key.repair.state, State::Replica { source } if source.0.is_none());
@@ -300,8 +323,10 @@ impl Repairer<'_> {
             }
         }
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut attempts = Attempts::default();
         let mut refused: Vec<u64> = Vec::new();
         while !ops.is_empty() {
+            let asked = ops.len();
             if self.stop.is_cancelled() || self.bound.remaining().is_zero() {
                 return Err(Unfinished::Stopped);
             }
@@ -332,8 +357,11 @@ impl Repairer<'_> {
                     }
                 }
             }
+            if ops.len() < asked {
+                attempts.reset();
+            }
             match sent.fault {
-                Some(fault) if fault.policy() != Policy::Retry => {
+                Some(fault) if fault.policy() != Policy::Retry || !attempts.again() => {
                     return Err(Unfinished::Failed(fault));
                 }
                 Some(_) => tokio::time::sleep(backoff.pause()).await,
@@ -351,6 +379,7 @@ impl Repairer<'_> {
     /// Reads the items of `open` from a table, consistently. What passes by itself is waited for.
     async fn read(
         &self,
+        operation: Operation,
         table: (&Client, &str),
         open: &[Key],
     ) -> Result<HashMap<ItemKey, Arc<Item>>, Unfinished> {
@@ -360,6 +389,7 @@ impl Repairer<'_> {
         };
         let mut left: Vec<Item> = open.iter().map(|key| key.keys.clone()).collect();
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut attempts = Attempts::default();
         while !left.is_empty() {
             if self.stop.is_cancelled() || self.bound.remaining().is_zero() {
                 return Err(Unfinished::Stopped);
@@ -370,7 +400,7 @@ impl Repairer<'_> {
                 .build()
                 .map_err(|error| {
                     Unfinished::Failed(Fault::own(
-                        Operation::ReadItems,
+                        operation,
                         Class::Unknown,
                         "request not built",
                         error.to_string(),
@@ -384,6 +414,7 @@ impl Repairer<'_> {
                 .await;
             match answer {
                 Ok(answer) => {
+                    attempts.reset();
                     let items = answer.responses.unwrap_or_default().into_values().flatten();
                     for item in items {
                         let keys: Item = item
@@ -403,8 +434,8 @@ impl Repairer<'_> {
                     }
                 }
                 Err(error) => {
-                    let fault = classify(Operation::ReadItems, &error);
-                    if fault.policy() != Policy::Retry {
+                    let fault = classify(operation, &error);
+                    if fault.policy() != Policy::Retry || !attempts.again() {
                         return Err(Unfinished::Failed(fault));
                     }
                     tokio::time::sleep(backoff.pause()).await;

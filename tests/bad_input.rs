@@ -238,6 +238,8 @@ async fn a_permission_that_is_denied() {
     for (gateway, operation, label) in [
         (0, "DescribeTable", "us-east-1"),
         (1, "GetItem", "us-west-2"),
+        (0, "BatchGetItem", "us-east-1"),
+        (1, "BatchGetItem", "us-west-2"),
     ] {
         stand.gateways[gateway].inject(Fault::access_denied().on(operation));
         contains(&refused(&config), &[label, "AccessDeniedException", "IAM"]);

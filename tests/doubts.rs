@@ -116,13 +116,11 @@ fn writes_of(stand: &Stand, id: &str) -> Vec<Call> {
     })
 }
 
-/// Stopped just before its second write leaves and continued after another worker has taken the
-/// shard, it does not send that write.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_write_stopped_before_transmit_never_leaves_once_the_lease_has_passed_on() {
+/// A worker that stopped in its second write, of the value 2 to `b`, and the one after it.
+async fn stopped_in_a_write(failpoint: &str) -> (Stand, String, Worker, Worker) {
     let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
     let table = stand.table("orders");
-    let stopping = [("FARSHORE_TEST_FAILPOINT", "BatchWriteItem@2")];
+    let stopping = [("FARSHORE_TEST_FAILPOINT", failpoint)];
     let (first, config) = first_of_two(&stand, &table, &stopping).await;
     put(&stand.source, &table, "a", 1).await;
     stand.converge(&table, 1).await;
@@ -130,6 +128,14 @@ async fn a_write_stopped_before_transmit_never_leaves_once_the_lease_has_passed_
     let stopped = async || first.is_stopped();
     eventually("it stops", Duration::from_secs(15), stopped).await;
     let second = Worker::following(&config).await;
+    (stand, table, first, second)
+}
+
+/// Stopped just before its second write leaves and continued after another worker has taken the
+/// shard, it does not send that write.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_stopped_before_transmit_never_leaves_once_the_lease_has_passed_on() {
+    let (stand, table, first, second) = stopped_in_a_write("BatchWriteItem@2").await;
     stand.converge(&table, 2).await;
     put(&stand.source, &table, "b", 3).await;
     stand.converge(&table, 2).await;
@@ -146,16 +152,7 @@ async fn a_write_stopped_before_transmit_never_leaves_once_the_lease_has_passed_
 /// Stopped after the last check, its write may leave late: whatever it does to the item is repaired.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_stopped_after_the_last_check_is_repaired_by_the_next_owner() {
-    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
-    let table = stand.table("orders");
-    let stopping = [("FARSHORE_TEST_FAILPOINT", "BatchWriteItem@2!")];
-    let (first, config) = first_of_two(&stand, &table, &stopping).await;
-    put(&stand.source, &table, "a", 1).await;
-    stand.converge(&table, 1).await;
-    put(&stand.source, &table, "b", 2).await;
-    let stopped = async || first.is_stopped();
-    eventually("it stops", Duration::from_secs(15), stopped).await;
-    let second = Worker::following(&config).await;
+    let (stand, table, first, second) = stopped_in_a_write("BatchWriteItem@2!").await;
     put(&stand.source, &table, "b", 3).await;
     stand.converge(&table, 2).await;
     first.signal(Signal::CONT);
@@ -251,4 +248,68 @@ async fn a_worker_that_cannot_renew_stops_by_itself() {
     stand.gateways[1].clear_faults();
     stand.converge(&table, 2).await;
     assert!(worker.stop().await.success());
+}
+
+/// A batch that takes longer than the claim of its repair is good for, because few units are to be
+/// spent in a second: the claim is renewed meanwhile, and the repair comes to its end at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repair_slower_than_its_claim_comes_to_its_end() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let (first, _) = first_of_two(&stand, &table, &[]).await;
+    let config = stand.config(&[&table], "[writes]\nunits_per_second = 5\n");
+    stand.gateways[1].inject(Fault::hold_until_delivered().on("BatchWriteItem"));
+    let write_all = async |value: u64| {
+        for id in 0..20 {
+            put(&stand.source, &table, &format!("k{id}"), value).await;
+        }
+    };
+    write_all(1).await;
+    assert!(
+        stand.gateways[1]
+            .wait_for_held(1, Duration::from_secs(10))
+            .await
+    );
+    first.kill();
+    stand.gateways[1].clear_faults();
+    let second = Worker::following(&config).await;
+    write_all(2).await;
+    stand.converge(&table, 20).await;
+    for held in stand.gateways[1].held() {
+        stand.gateways[1].deliver(held.call).await.unwrap();
+    }
+    let late = stand.differences(&table).await.len();
+    assert!(late >= 10, "late writes changed {late} items of 20");
+    until_settled(&stand).await;
+    stand.converge(&table, 20).await;
+    let written = second.metric("farshore_repair_writes_total").await;
+    assert!(
+        written <= 20.0,
+        "{written} writes for {late} items: it began again"
+    );
+    assert!(second.stop().await.success());
+}
+
+/// A repair whose reads fail for ever does not wait unseen: the outage shows, and ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repair_that_fails_again_and_again_shows() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let (first, config) = first_of_two(&stand, &table, &[]).await;
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    first.kill();
+    let second = Worker::following(&config).await;
+    let failing = stand.gateways[1].inject(Fault::error_before().on("BatchGetItem"));
+    put(&stand.source, &table, "a", 2).await;
+    let shown = async || {
+        let (status, body) = second.get("/readyz").await.unwrap();
+        status == 503 && body.contains("outage-replica") && body.contains("BatchGetItem")
+    };
+    eventually("the outage shows", Duration::from_secs(60), shown).await;
+    failing.off();
+    until_settled(&stand).await;
+    let ready = async || second.get("/readyz").await.unwrap().0 == 200;
+    eventually("it is over", Duration::from_secs(15), ready).await;
+    assert!(second.stop().await.success());
 }

@@ -94,7 +94,7 @@ pub(super) async fn write(
         let failed = match ended {
             Ok(ended) => ended,
             Err(error) => Err(Fault::own(
-                Operation::ReadItems,
+                Operation::Scan,
                 crate::error::Class::Unknown,
                 "a writer died",
                 error.to_string(),
@@ -213,7 +213,7 @@ async fn probe(
                 .consistent_read(true)
                 .send()
                 .await
-                .map_err(|error| classify(Operation::ReadItems, &error))?;
+                .map_err(|error| classify(Operation::Scan, &error))?;
             if answer.item.and_then(|item| item.get("round").cloned()) == Some(value.clone()) {
                 let lag_ms = sent.elapsed().as_secs_f64() * 1_000.0;
                 ledger

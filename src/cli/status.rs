@@ -206,7 +206,7 @@ impl Found {
             });
             doubts.open += 1;
             doubts.until_ms = doubts.until_ms.max(row.until);
-            doubts.overdue += usize::from(row.until + DOUBT_PATIENCE_MS < self.now_ms);
+            doubts.overdue += usize::from(row.due + DOUBT_PATIENCE_MS < self.now_ms);
         }
         tables
     }
@@ -250,13 +250,11 @@ mod tests {
         row
     }
 
-    fn doubt(until: i64) -> Row {
+    fn doubt(until: i64) -> DoubtRow {
         let (shard, start) = (ShardId("s".to_owned()), Position::TrimHorizon);
         let cause = DoubtCause::Unanswered;
         let at = String::new();
-        Row::Doubt(DoubtRow::new(
-            1, "orders", "arn/1", &shard, cause, &start, until, at,
-        ))
+        DoubtRow::new(1, "orders", "arn/1", &shard, cause, &start, until, at)
     }
 
     /// Whether status exits with 1 given a healthy shard and `more`, at the time 0.
@@ -269,11 +267,17 @@ mod tests {
 
     #[test]
     fn a_doubt_needs_a_person_only_when_it_is_long_overdue() {
-        assert!(!needs_person(vec![doubt(1_000), doubt(-DOUBT_PATIENCE_MS)]));
-        assert!(needs_person(vec![
-            doubt(1_000),
-            doubt(-DOUBT_PATIENCE_MS - 1)
-        ]));
+        let young = || Row::Doubt(doubt(1_000));
+        let old = doubt(-DOUBT_PATIENCE_MS - 1);
+        // Claimed and given back again and again: that is what nobody would see otherwise.
+        let claimed = DoubtRow {
+            until: 1_000,
+            ..old.clone()
+        };
+        let due = Row::Doubt(doubt(-DOUBT_PATIENCE_MS));
+        assert!(!needs_person(vec![young(), due]));
+        assert!(needs_person(vec![young(), Row::Doubt(old)]));
+        assert!(needs_person(vec![young(), Row::Doubt(claimed)]));
     }
 
     #[test]

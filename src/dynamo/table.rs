@@ -52,6 +52,21 @@ pub fn primary_key(table: &TableDescription) -> Vec<KeyPart> {
     parts
 }
 
+/// The attribute by which TTL deletes a table's items, if it does.
+///
+/// # Errors
+/// The call failed.
+pub async fn ttl_attribute(client: &Client, table: &str) -> Result<Option<String>, Fault> {
+    let answer = client
+        .describe_time_to_live()
+        .table_name(table)
+        .send()
+        .await
+        .map_err(|error| classify(Operation::DescribeTable, &error))?;
+    let described = answer.time_to_live_description;
+    Ok(described.and_then(|ttl| ttl.attribute_name))
+}
+
 /// A primary key for people: `id (S, HASH), at (N, RANGE)`.
 pub fn show_key(parts: &[KeyPart]) -> String {
     parts

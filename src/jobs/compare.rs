@@ -87,7 +87,7 @@ async fn load(client: &Client, table: &str) -> Result<HashMap<ItemKey, Item>, Fa
             .set_exclusive_start_key(after.take())
             .send()
             .await
-            .map_err(|error| classify(Operation::ReadItems, &error))?;
+            .map_err(|error| classify(Operation::Scan, &error))?;
         for mut item in page.items.unwrap_or_default() {
             item.values_mut().for_each(sort_sets);
             let keys: Item = names
@@ -102,7 +102,7 @@ async fn load(client: &Client, table: &str) -> Result<HashMap<ItemKey, Item>, Fa
         }
     }
     Err(Fault::own(
-        Operation::ReadItems,
+        Operation::Scan,
         Class::Unknown,
         "scan without end",
         format!("the scan of {table} did not end"),

@@ -120,6 +120,7 @@ pub fn grow(row: &mut DoubtRow, range: &Range) -> bool {
         row.to = Some(to.as_str().to_owned());
     }
     row.until = row.until.max(range.until_ms);
+    row.due = row.due.max(range.until_ms);
     row.lease_counter += 1;
     true
 }

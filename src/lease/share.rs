@@ -221,7 +221,7 @@ impl Sharing {
         self.idle.get(worker).is_none_or(|idle| now >= idle.until)
     }
 
-    /// Whether a free shard is left to one of `askers` for now. One that refused an earlier shard is
+    /// Whether a free shard is kept for one of `askers` a while longer. One that refused an earlier shard is
     /// not waited for; one that refuses this very shard is, until the others have seen it as well.
     fn is_reserved(&self, key: &str, askers: &[&str], view: &View<'_>) -> bool {
         let Some(since) = self.free.get(key) else {

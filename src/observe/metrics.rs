@@ -65,6 +65,7 @@ const GAPS: &str = "farshore_gaps_open";
 const DOUBTED: &str = "farshore_doubts_total";
 const REPAIRED: &str = "farshore_doubts_repaired_total";
 const REPAIR_WRITES: &str = "farshore_repair_writes_total";
+const REPAIR_REFUSED: &str = "farshore_repair_refused_total";
 const PAUSED: &str = "farshore_paused";
 const DOUBTS: &str = "farshore_doubts_open";
 const RESTARTED: &str = "farshore_task_restarts_total";
@@ -176,6 +177,13 @@ pub const METRICS: &[Metric] = &[
         "Items that a repair had to put or delete because the replica differed.",
     ),
     metric(
+        REPAIR_REFUSED,
+        Kind::Counter,
+        "table",
+        "Items that a repair found different and the replica refuses for good; the record that \
+         brings such an item is dead-lettered.",
+    ),
+    metric(
         DOUBTS,
         Kind::Gauge,
         "table",
@@ -251,6 +259,7 @@ pub fn begin(table: &str) {
         THROTTLED,
         REPAIRED,
         REPAIR_WRITES,
+        REPAIR_REFUSED,
     ] {
         counter!(name, "table" => table.to_owned()).absolute(0);
     }
@@ -357,6 +366,11 @@ pub fn doubted(table: &str, cause: DoubtCause) {
 pub fn repaired(table: &str, writes: usize) {
     counter!(REPAIRED, "table" => table.to_owned()).increment(1);
     counter!(REPAIR_WRITES, "table" => table.to_owned()).increment(writes as u64);
+}
+
+/// A repair found `keys` items that the replica refuses for good.
+pub fn repair_refused(table: &str, keys: usize) {
+    counter!(REPAIR_REFUSED, "table" => table.to_owned()).increment(keys as u64);
 }
 
 /// Whether the worker is ready.

@@ -1,7 +1,7 @@
 //! Doubts: stored before the checkpoint passes them, repaired when their time has come.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_smithy_types::DateTime;
@@ -10,23 +10,25 @@ use futures::future::join_all;
 use rand::seq::SliceRandom;
 use tokio_util::sync::CancellationToken;
 
+mod claim;
+
+use self::claim::Claim;
 use super::context::{Shared, TableContext};
 use super::discovery::discovery;
 use super::tap::Gate;
 use crate::backoff::Backoff;
 use crate::config::{Table, TtlDeletes};
-use crate::dynamo::clock::{host_ms, rfc3339, uptime};
+use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::item::ItemKey;
-use crate::dynamo::transmit::Bound;
+use crate::dynamo::table::ttl_attribute;
 use crate::dynamo::value::Item;
-use crate::error::{Class, Fault, Operation, classify};
-use crate::lease::doubts::{End, Pending, Range, grow, may_claim, until_ms};
+use crate::error::{Class, Fault, Operation};
+use crate::lease::doubts::{End, Pending, Range, grow, may_claim};
 use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS};
-use crate::lease::rules::take_name;
 use crate::lease::table::Written;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
-use crate::repair::{KeepExpired, Repairer, Unfinished};
+use crate::repair::{Attempts, KeepExpired, Repairer, Unfinished};
 use crate::stream::change::decode;
 use crate::stream::reader::{Page, Position, ShardReader};
 use crate::stream::sequence::SequenceNumber;
@@ -149,91 +151,6 @@ pub async fn store_inherited(context: &TableContext, shard: &ShardId, range: &Ra
     health.succeeded(Scope::State, table, &shard.0);
 }
 
-/// The right to repair a doubt. It is good for one lease duration after each renewal, and moves the
-/// row's `until` to a late effect after its own end.
-struct Claim {
-    duration: Duration,
-    held: Mutex<Held>,
-}
-
-struct Held {
-    row: DoubtRow,
-    /// As this machine's uptime.
-    valid_until: Duration,
-}
-
-impl Bound for Claim {
-    fn remaining(&self) -> Duration {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.valid_until.saturating_sub(uptime())
-    }
-}
-
-impl Claim {
-    /// Claims a doubt. `None` if somebody else was faster.
-    async fn take(shared: &Shared, row: DoubtRow) -> Result<Option<Arc<Self>>, Fault> {
-        let duration = shared.config.leases.duration;
-        let claim = Self {
-            duration,
-            held: Mutex::new(Held {
-                row: DoubtRow {
-                    lease_owner: Some(take_name(&shared.owner, rand::random())),
-                    ..row
-                },
-                valid_until: Duration::ZERO,
-            }),
-        };
-        Ok(claim.renew(shared, None).await?.then(|| Arc::new(claim)))
-    }
-
-    fn row(&self) -> DoubtRow {
-        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.row.clone()
-    }
-
-    /// Renews the claim; what lies before `done` is clean. False if it is lost.
-    async fn renew(&self, shared: &Shared, done: Option<&Position>) -> Result<bool, Fault> {
-        let mut row = self.row();
-        let known = row.lease_counter;
-        row.lease_counter += 1;
-        if let Some(done) = done {
-            row.set_position(done);
-        }
-        // The last write leaves before the claim's end, and takes effect a late effect later at
-        // most. The claim counts from before that is worked out: the process may stand still here.
-        let sent = uptime();
-        let end = shared.doubt_until_ms();
-        row.until = row.until.max(until_ms(end, self.duration));
-        if shared.state.replace(&row, known).await? == Written::Refused {
-            return Ok(false);
-        }
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.row = row;
-        held.valid_until = sent + self.duration;
-        Ok(true)
-    }
-
-    /// Gives the claim up. Every write of it was answered completely, so the next one need not wait.
-    async fn give_back(&self, shared: &Shared) {
-        let mut row = self.row();
-        let known = row.lease_counter;
-        row.lease_counter += 1;
-        row.lease_owner = None;
-        row.until = shared.target.clock.now_ms();
-        // If it fails the next one waits until the claim is over: later, and just as right.
-        let _ = shared.state.replace(&row, known).await;
-        shared.rescan.notify_one();
-    }
-
-    /// Renews when half of the claim is gone.
-    async fn keep(&self, shared: &Shared, done: Option<&Position>) -> Result<bool, Fault> {
-        if self.remaining() > self.duration / 2 {
-            return Ok(true);
-        }
-        self.renew(shared, done).await
-    }
-}
-
 /// Repairs the doubts of a table as they come due, until `stop`.
 pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
     let mut rows = shared.rows.clone();
@@ -315,7 +232,7 @@ fn report(shared: &Shared, table: &str, unfinished: &Unfinished) {
     metrics::retried(table, fault.class);
     let scope = match fault.operation {
         Operation::State => Scope::State,
-        Operation::Write | Operation::DescribeTable => Scope::Replica,
+        Operation::Write | Operation::ReadReplica => Scope::Replica,
         _ => Scope::Source,
     };
     shared.health.failed(scope, table, "repair", fault);
@@ -334,7 +251,9 @@ async fn repair_doubt(
     else {
         return Ok(());
     };
-    let repaired = repair_claimed(shared, table, &claim, stop).await;
+    let repaired = claim
+        .keep(shared, repair_claimed(shared, table, &claim, stop))
+        .await;
     match &repaired {
         Ok(()) | Err(Unfinished::Unanswered(_)) => {}
         Err(_) => claim.give_back(shared).await,
@@ -416,12 +335,10 @@ impl DoubtRepair<'_> {
         let streams = shared.source.streams.clone();
         let mut reader = ShardReader::new(streams, &row.stream_arn, &row.shard(), position);
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut attempts = Attempts::default();
         let mut empty = 0;
         loop {
-            if self.stop.is_cancelled() {
-                return Err(Unfinished::Stopped);
-            }
-            if !self.keep(None).await? {
+            if self.stop.is_cancelled() || self.claim.is_over() {
                 return Err(Unfinished::Stopped);
             }
             let page = match reader.next().await {
@@ -431,7 +348,9 @@ impl DoubtRepair<'_> {
                     Class::NotFound if self.is_gone(&row).await? => {
                         return self.lost(GapReason::ShardVanished).await;
                     }
-                    Class::ExpiredIterator | Class::Throttled | Class::Service | Class::Network => {
+                    Class::ExpiredIterator | Class::Throttled | Class::Service | Class::Network
+                        if attempts.again() =>
+                    {
                         tokio::time::sleep(backoff.pause()).await;
                         continue;
                     }
@@ -439,6 +358,7 @@ impl DoubtRepair<'_> {
                 },
             };
             backoff.reset();
+            attempts.reset();
             empty = if page.records.is_empty() {
                 empty + 1
             } else {
@@ -495,9 +415,6 @@ impl DoubtRepair<'_> {
         let keys: Vec<Item> = self.keys.drain().map(|(_, keys)| keys).collect();
         self.seen += keys.len();
         for chunk in keys.chunks(crate::apply::batch::BATCH_OPS_MAX) {
-            if !self.keep(None).await? {
-                return Err(Unfinished::Stopped);
-            }
             let repairer = Repairer {
                 source: (
                     &shared.source.tables,
@@ -516,11 +433,14 @@ impl DoubtRepair<'_> {
             self.written += repaired.written;
             // What the replica can never take came by a record at or after this range, and whoever
             // reads that dead-letters it. A second letter would say nothing new.
-            if !repaired.refused.is_empty() {
-                tracing::info!(
+            if let Some((_, fault, _)) = repaired.refused.first() {
+                metrics::repair_refused(&context.table.name, repaired.refused.len());
+                tracing::warn!(
                     table = context.table.name,
                     keys = repaired.refused.len(),
-                    "the replica refuses what the source holds: the dead letters have it"
+                    code = fault.code,
+                    "the replica refuses what the source holds: a dead letter has each, or will \
+                     when the worker comes to its record"
                 );
             }
         }
@@ -534,11 +454,6 @@ impl DoubtRepair<'_> {
             return Err(Unfinished::Stopped);
         }
         Ok(())
-    }
-
-    async fn keep(&self, done: Option<&Position>) -> Result<bool, Unfinished> {
-        let kept = self.claim.keep(&self.context.shared, done).await;
-        kept.map_err(Unfinished::Failed)
     }
 
     /// Whether the service itself no longer knows the shard.
@@ -573,16 +488,9 @@ async fn keep_expired(shared: &Shared, table: &Table) -> Result<Option<KeepExpir
     if table.ttl_deletes != TtlDeletes::Skip {
         return Ok(None);
     }
-    let answer = shared
-        .source
-        .tables
-        .describe_time_to_live()
-        .table_name(table.name_in(&shared.source.label))
-        .send()
+    let name = table.name_in(&shared.source.label);
+    let attribute = ttl_attribute(&shared.source.tables, name)
         .await
-        .map_err(|error| Unfinished::Failed(classify(Operation::DescribeTable, &error)))?;
-    let attribute = answer
-        .time_to_live_description
-        .and_then(|ttl| ttl.attribute_name);
+        .map_err(Unfinished::Failed)?;
     Ok(attribute.map(|attribute| KeepExpired { attribute }))
 }

@@ -68,7 +68,7 @@ fn doubts_of(rows: &Snapshot, epoch: u64, table: &str, now_ms: i64) -> TableDoub
     for row in &rows.doubts {
         if row.table == table && row.epoch == epoch {
             doubts.open += 1;
-            doubts.overdue += usize::from(row.until + DOUBT_PATIENCE_MS < now_ms);
+            doubts.overdue += usize::from(row.due + DOUBT_PATIENCE_MS < now_ms);
         }
     }
     doubts

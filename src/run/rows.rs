@@ -47,6 +47,9 @@ pub struct Snapshot {
 
 /// The longest pause between two readings, of a state table of a usual size.
 const PAUSE_MAX: Duration = Duration::from_millis(1_500);
+/// Readings that somebody asks for are at least this share of the usual pause apart: 150 ms with the
+/// default duration.
+const ASKED_SHARE: u32 = 10;
 /// A state table with more rows is read less often.
 const USUAL_ROWS: usize = 1_000;
 /// After how many lease durations a silent worker's row may go. Much more than a lease: somebody may
@@ -71,6 +74,8 @@ pub async fn watch_rows(
 ) {
     let mut observers = Observers::default();
     let pulse = Pulse::start(&health, "", "rows");
+    // How long a reading counts as just made, whoever asks for another.
+    let mut fresh = Duration::ZERO;
     loop {
         pulse.beat();
         trouble("rows").await;
@@ -85,6 +90,7 @@ pub async fn watch_rows(
                 snapshot.begun_uptime = Some(begun_uptime);
                 health.rows_read(begun);
                 let now = Instant::now();
+                fresh = pause(rows_read, duration, false) / ASKED_SHARE;
                 let usual = now + pause(rows_read, duration, is_expecting(&snapshot, &me));
                 let expiry = next_expiry(&snapshot, &observers, duration, now);
                 next = expiry.map_or(usual, |expiry| usual.min(expiry));
@@ -97,7 +103,8 @@ pub async fn watch_rows(
             }
         }
         tokio::select! {
-            () = rescan.notified() => {}
+            // Shards that end together ask together, and are served by one reading.
+            () = rescan.notified() => tokio::time::sleep_until((begun + fresh).into()).await,
             () = tokio::time::sleep_until(next.into()) => {}
         }
     }

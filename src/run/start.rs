@@ -1,19 +1,22 @@
 //! What `run` finds out before it writes anything: which region is active, whether source and
 //! replica fit together, whether there is somewhere for dead letters to go.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::time::Duration;
 
-use aws_sdk_dynamodb::types::{StreamViewType, TableDescription};
+use aws_sdk_dynamodb::primitives::Blob;
+use aws_sdk_dynamodb::types::{
+    AttributeValue, KeysAndAttributes, StreamViewType, TableDescription,
+};
 use futures::future::join_all;
 
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
-use crate::config::{Config, Table};
+use crate::config::{Config, Table, TtlDeletes};
 use crate::dead_letter::Store;
 use crate::dynamo::table::{
-    KeyPart, describe, enabled_stream, holds_new_images, primary_key, show_key,
+    KeyPart, describe, enabled_stream, holds_new_images, primary_key, show_key, ttl_attribute,
 };
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault, Operation, Policy, classify};
@@ -214,7 +217,9 @@ async fn check_table(
         ));
     }
     check_reading(source, &from).await?;
-    Ok(primary_key(&from))
+    let key = primary_key(&from);
+    check_repairing((source, &from), (target, &to), table.ttl_deletes, &key).await?;
+    Ok(key)
 }
 
 /// Makes one call of each kind that the worker makes to the source, so that a denied permission
@@ -261,9 +266,78 @@ async fn check_reading(source: &RegionClients, table: &TableDescription) -> Resu
     let scanned = patiently(|| async {
         let call = source.tables.scan().table_name(name).limit(1);
         let answer = call.send().await;
-        answer.map_err(|error| classify(Operation::ReadItems, &error))
+        answer.map_err(|error| classify(Operation::Scan, &error))
     });
     scanned.await.map(|_| ()).map_err(failed)
+}
+
+/// Makes one call of each kind that a repair makes to either table: repairs come due when there is
+/// trouble already.
+async fn check_repairing(
+    (source, from): (&RegionClients, &TableDescription),
+    (target, to): (&RegionClients, &TableDescription),
+    ttl_deletes: TtlDeletes,
+    key: &[KeyPart],
+) -> Result<(), Failure> {
+    for (region, table, operation) in [
+        (source, from, Operation::ReadSource),
+        (target, to, Operation::ReadReplica),
+    ] {
+        let name = table.table_name().unwrap_or_default();
+        let asked = patiently(|| async {
+            let request = KeysAndAttributes::builder().keys(any_key(key)).build();
+            let request = request.map_err(|error| {
+                Fault::own(
+                    operation,
+                    Class::Unknown,
+                    "request not built",
+                    error.to_string(),
+                )
+            })?;
+            let call = region.tables.batch_get_item().request_items(name, request);
+            let answer = call.send().await;
+            answer.map_err(|error| classify(operation, &error))
+        });
+        if let Err(fault) = asked.await {
+            return Err(Failure::from_fault(
+                format!(
+                    "An item of table {name} could not be read in {} ({}), and repairs would have to",
+                    region.label, region.endpoint
+                ),
+                &fault,
+            ));
+        }
+    }
+    if ttl_deletes == TtlDeletes::Skip {
+        let name = from.table_name().unwrap_or_default();
+        patiently(|| ttl_attribute(&source.tables, name))
+            .await
+            .map_err(|fault| {
+                Failure::from_fault(
+                    format!(
+                        "The time to live of table {name} could not be read in {} ({}), and \
+                         ttl_deletes = \"skip\" needs it",
+                        source.label, source.endpoint
+                    ),
+                    &fault,
+                )
+            })?;
+    }
+    Ok(())
+}
+
+/// A key of the right form; whether there is such an item does not matter.
+fn any_key(key: &[KeyPart]) -> HashMap<String, AttributeValue> {
+    key.iter()
+        .map(|part| {
+            let value = match part.kind.as_str() {
+                "N" => AttributeValue::N("0".to_owned()),
+                "B" => AttributeValue::B(Blob::new([0])),
+                _ => AttributeValue::S("0".to_owned()),
+            };
+            (part.name.clone(), value)
+        })
+        .collect()
 }
 
 /// Makes a call a few times while it fails in a way that may pass by itself: one throttled call is

@@ -454,7 +454,7 @@ impl Stream {
             .consistent_read(true)
             .send()
             .await
-            .map_err(|error| crate::error::classify(Operation::ReadItems, &error))?;
+            .map_err(|error| crate::error::classify(Operation::Scan, &error))?;
         // A page that is empty and goes on proves nothing.
         Ok(answer.count == 0 && answer.last_evaluated_key.is_none_or(|key| key.is_empty()))
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::rc::Rc;
 
-use futures::future::join_all;
+use futures::future::{join, join_all};
 
 use farshore::lease::doubts::{End, Pending, Range, grow, may_claim, until_ms};
 use farshore::lease::row::{DoubtRow, ShardRow};
@@ -124,6 +124,7 @@ struct Claim {
     worker: Rc<Worker>,
     row: RefCell<DoubtRow>,
     valid_until: Cell<Ms>,
+    renewing: Cell<bool>,
 }
 
 impl Bound for Claim {
@@ -176,11 +177,23 @@ impl Claim {
                 ..row.clone()
             }),
             valid_until: Cell::new(0),
+            renewing: Cell::new(false),
         });
         Ok(claim.renew(None).await?.then_some(claim))
     }
 
+    /// One at a time.
     async fn renew(&self, done: Option<&Position>) -> Result<bool, Unknown> {
+        let sim = &self.worker.world.sim;
+        poll_fn(|_| ready(!self.renewing.get())).await;
+        self.renewing.set(true);
+        let renewed = self.renew_now(done).await;
+        self.renewing.set(false);
+        sim.wake(sim.current());
+        renewed
+    }
+
+    async fn renew_now(&self, done: Option<&Position>) -> Result<bool, Unknown> {
         let worker = &self.worker;
         let world = &worker.world;
         let mut row = self.row.borrow().clone();
@@ -195,6 +208,8 @@ impl Claim {
         row.until = row.until.max(until_ms(end, DURATION_DURATION));
         let change = Change::ReplaceDoubt(row.clone(), known, Why::Claim);
         if !state::write(world, worker.id, change).await? {
+            self.valid_until.set(0);
+            world.drop_claim(&row.lease_key, worker.id);
             return Ok(false);
         }
         self.valid_until.set(sent + DURATION);
@@ -221,11 +236,30 @@ impl Claim {
         worker.rescan();
     }
 
-    async fn keep(&self) -> Result<bool, Unfinished> {
-        if self.remaining(self.worker.world.sim.now()) > DURATION / 2 {
-            return Ok(true);
-        }
-        Ok(self.renew(None).await?)
+    /// Renews the claim as long as `repair` takes.
+    async fn keep<T>(&self, repair: impl Future<Output = T>) -> T {
+        let sim = &self.worker.world.sim;
+        let done = Cell::new(false);
+        let renewals = async {
+            loop {
+                let at = sim.now() + DURATION / 3;
+                let mut alarm = Alarm::default();
+                poll_fn(|_| ready(done.get() || alarm.is_due(sim, at))).await;
+                if done.get() || matches!(self.renew(None).await, Ok(false)) {
+                    return;
+                }
+            }
+        };
+        let repair = async {
+            let repaired = repair.await;
+            done.set(true);
+            repaired
+        };
+        join(repair, renewals).await.0
+    }
+
+    fn is_over(&self) -> bool {
+        self.remaining(self.worker.world.sim.now()) == 0
     }
 }
 
@@ -282,7 +316,7 @@ async fn repair_doubt(worker: &Rc<Worker>, doubt: &DoubtRow) -> Result<(), Unfin
     let Some(claim) = Claim::take(worker, doubt).await? else {
         return Ok(());
     };
-    let repaired = repair_claimed(&claim).await;
+    let repaired = claim.keep(repair_claimed(&claim)).await;
     note!(
         worker.world,
         "p{}: repair of {}: {repaired:?}",
@@ -328,12 +362,7 @@ impl DoubtRepair {
         let mut read = passed(&position);
         let mut empty = 0;
         loop {
-            if self.claim.worker.stop.is_set() {
-                return Err(Unfinished::Stopped);
-            }
-            if !self.claim.keep().await? {
-                return Err(Unfinished::Stopped);
-            }
+            self.read_ok()?;
             sleep(sim, sim.between(2, 30)).await;
             let page = world.source.borrow().read(shard, read, 3);
             let Some(page) = page else {
@@ -380,9 +409,6 @@ impl DoubtRepair {
     async fn repair_keys(&mut self, done: Option<&Position>) -> Result<(), Unfinished> {
         let keys: Vec<Key> = std::mem::take(&mut self.keys).into_iter().collect();
         for chunk in keys.chunks(BATCH_KEYS) {
-            if !self.claim.keep().await? {
-                return Err(Unfinished::Stopped);
-            }
             self.repair_batch(chunk).await?;
         }
         if done.is_some() && !self.claim.renew(done).await? {
@@ -422,8 +448,7 @@ impl DoubtRepair {
 
     /// Mirrors the look at stop and bound before each read and write of `Repairer`.
     fn read_ok(&self) -> Result<(), Unfinished> {
-        let over = self.claim.remaining(self.world.sim.now()) == 0;
-        match over || self.claim.worker.stop.is_set() {
+        match self.claim.is_over() || self.claim.worker.stop.is_set() {
             true => Err(Unfinished::Stopped),
             false => Ok(()),
         }

@@ -62,6 +62,9 @@ pub struct DoubtRow {
     /// From when on it may be repaired, by the replica region's clock, in milliseconds: no write in
     /// doubt takes effect after it, and no earlier repair's does.
     pub until: i64,
+    /// When it first came due, by the same clock. Claims move `until` and never this, so that a
+    /// doubt nobody can repair shows as overdue.
+    pub due: i64,
     /// Who repairs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_owner: Option<String>,
@@ -126,6 +129,7 @@ impl DoubtRow {
             to: None,
             to_time: None,
             until,
+            due: until,
             lease_owner: None,
             lease_counter: 0,
             at,
