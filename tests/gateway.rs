@@ -30,6 +30,7 @@ async fn every_write_is_one_record_in_order_per_key_through_splits_and_rotations
         async move { write(&dynamo, "orders", &format!("w{writer}"), 20, 30).await }
     });
     let histories = futures::future::join_all(writers).await;
+    gateway.stop_resharding();
     let expected = tidy(histories.into_iter().flatten().collect());
     let walk = walk(&streams, &arn, &expected).await;
     assert_eq!(walk.history(), expected);

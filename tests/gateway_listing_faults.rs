@@ -115,7 +115,7 @@ async fn a_walk_gets_every_record_once_through_inconsistent_listings() {
         .fault(Fault::late_children(late).chance(0.5))
         .fault(Fault::open_parents(late).chance(0.5))
         .fault(Fault::missing_shard().chance(0.2));
-    let (_gateway, dynamo, streams, arn) = started(options).await;
+    let (gateway, dynamo, streams, arn) = started(options).await;
     let writing = dynamo.clone();
     let writer = tokio::spawn(async move { write(&writing, "orders", "k", 30, 40).await });
     let mut walk = Walk::default();
@@ -123,6 +123,7 @@ async fn a_walk_gets_every_record_once_through_inconsistent_listings() {
         walk.round(&streams, &arn).await;
     }
     let expected = writer.await.unwrap();
+    gateway.stop_resharding();
     walk.reach(&streams, &arn, changes(&expected)).await;
     assert_eq!(walk.history(), tidy(expected));
 }

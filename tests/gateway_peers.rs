@@ -25,6 +25,7 @@ async fn boto3_gets_every_record_once_in_order_per_key_through_splits_and_rotati
     let (dynamo, _) = clients(&gateway).await;
     table(&dynamo, "orders").await;
     let expected = tidy(write(&dynamo, "orders", "k", 60, 40).await);
+    gateway.stop_resharding();
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("expected.json");
     std::fs::write(&file, serde_json::to_vec(&expected).unwrap()).unwrap();

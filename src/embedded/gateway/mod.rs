@@ -300,6 +300,12 @@ impl Gateway {
         }
     }
 
+    /// Ends what `rotate_every` and `split_every` began. Who reads slower than shards are made would
+    /// never come to their end.
+    pub fn stop_resharding(&self) {
+        self.region.stop_resharding();
+    }
+
     /// Sets the gateway's clock forward: records and iterators grow older, schedules fall due.
     /// Signatures and capacity go by the system's clock.
     pub fn advance(&self, time: Duration) {

@@ -2,6 +2,7 @@
 //! the log. Everything here outlives single connections.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::SeqCst};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use dynoxide::Database;
@@ -49,7 +50,9 @@ struct Streams {
 /// When things on schedule were done last, milliseconds by the gateway's clock.
 #[derive(Default)]
 struct Every {
-    swept_ms: std::sync::atomic::AtomicI64,
+    swept_ms: AtomicI64,
+    /// Nothing rotates or splits by itself any more.
+    reshards_no_more: AtomicBool,
 }
 
 impl Region {
@@ -209,13 +212,19 @@ impl Region {
         for stream in self.streams() {
             self.take_over(&stream);
             let mut state = stream.state();
-            if state.disabled_ms.is_none() {
+            let settled = self.now_every.reshards_no_more.load(SeqCst);
+            if state.disabled_ms.is_none() && !settled {
                 self.rotate_due(&mut state, now_ms);
                 self.split_due(&stream, &mut state, now_ms);
             }
             state.tree.trim(now_ms, self.retention_ms());
         }
         self.forget_old_streams(now_ms);
+    }
+
+    /// Shards stay as they are from now on, unless somebody turns one.
+    pub(crate) fn stop_resharding(&self) {
+        self.now_every.reshards_no_more.store(true, SeqCst);
     }
 
     fn retention_ms(&self) -> i64 {
@@ -260,7 +269,6 @@ impl Region {
     }
 
     fn sweep_if_due(&self, now_ms: i64) {
-        use std::sync::atomic::Ordering::SeqCst;
         let Some(every) = self.options.sweep_every else {
             return;
         };
