@@ -309,7 +309,7 @@ async fn a_repair_that_fails_again_and_again_shows() {
     eventually("the outage shows", Duration::from_secs(60), shown).await;
     failing.off();
     until_settled(&stand).await;
-    let ready = async || second.get("/readyz").await.unwrap().0 == 200;
-    eventually("it is over", Duration::from_secs(15), ready).await;
+    let over = async || !second.get("/readyz").await.unwrap().1.contains("outage");
+    eventually("it is over", Duration::from_secs(15), over).await;
     assert!(second.stop().await.success());
 }

@@ -189,7 +189,9 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
         } else {
             Duration::ZERO
         };
-        if done.iter().all(Result::is_ok) {
+        // A round without repairs proves nothing as long as a doubt is left that failed before.
+        let none_left = !snapshot.doubts.iter().any(|row| row.table == table.name);
+        if done.iter().all(Result::is_ok) && (none_left || !done.is_empty()) {
             shared.health.forget(&table.name, "repair");
             backoff.reset();
         }
