@@ -120,7 +120,7 @@ impl Found {
                 Row::Worker(row) => found.workers.push(row),
                 Row::Doubt(row) => found.doubts.push(row),
                 Row::Pause(row) if row.is_closed() => found.pauses.push(row),
-                Row::Stream(_) | Row::Pause(_) | Row::Other(_) => {}
+                Row::Stream(_) | Row::Pause(_) | Row::Job(_) | Row::Other(_) => {}
             }
         }
         found.keep_current(loaded);

@@ -2,11 +2,13 @@
 
 mod doubt;
 mod fleet;
+mod job;
 
 use serde::{Deserialize, Serialize};
 
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
+pub use job::JobRow;
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;
@@ -74,6 +76,8 @@ pub enum Row {
     Doubt(DoubtRow),
     /// A closed tap.
     Pause(PauseRow),
+    /// A one-shot job at work.
+    Job(JobRow),
     /// A kind this version does not use.
     Other(Head),
 }

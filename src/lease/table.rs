@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::row::{
-    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, KEY_ATTRIBUTE, PauseRow, Row, ShardRow,
-    StreamRow, WorkerRow,
+    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow, KEY_ATTRIBUTE, PauseRow, Row,
+    ShardRow, StreamRow, WorkerRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -126,6 +126,18 @@ impl StateTable {
         match self.get(&PauseRow::key(table)).await? {
             Some(Row::Pause(row)) => Ok(Some(row)),
             Some(_) => Err(unreadable("a pause's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    /// A job's row, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn job(&self, key: &str) -> Result<Option<JobRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Job(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("a job's key holds another kind of row")),
             None => Ok(None),
         }
     }
@@ -264,6 +276,7 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         "worker" => Row::Worker(parse(item)?),
         "doubt" => Row::Doubt(parse(item)?),
         "pause" => Row::Pause(parse(item)?),
+        "job" => Row::Job(parse(item)?),
         _ => Row::Other(head),
     })
 }

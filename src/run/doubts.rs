@@ -10,9 +10,6 @@ use futures::future::join_all;
 use rand::seq::SliceRandom;
 use tokio_util::sync::CancellationToken;
 
-mod claim;
-
-use self::claim::Claim;
 use super::context::{Shared, TableContext};
 use super::discovery::discovery;
 use super::tap::Gate;
@@ -24,7 +21,9 @@ use crate::dynamo::table::ttl_attribute;
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation};
 use crate::lease::doubts::{End, Pending, Range, grow, may_claim};
+use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS};
+use crate::lease::rules::take_name;
 use crate::lease::table::Written;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -151,6 +150,9 @@ pub async fn store_inherited(context: &TableContext, shard: &ShardId, range: &Ra
     health.succeeded(Scope::State, table, &shard.0);
 }
 
+/// The right to repair a doubt.
+type Claim = Hold<DoubtRow>;
+
 /// Repairs the doubts of a table as they come due, until `stop`.
 pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
     let mut rows = shared.rows.clone();
@@ -247,18 +249,26 @@ async fn repair_doubt(
     doubt: DoubtRow,
     stop: &CancellationToken,
 ) -> Result<(), Unfinished> {
-    let Some(claim) = Claim::take(shared, doubt)
-        .await
-        .map_err(Unfinished::Failed)?
-    else {
+    let terms = Terms {
+        state: shared.state.clone(),
+        clock: Arc::clone(&shared.target.clock),
+        duration: shared.config.leases.duration,
+        late_effect: shared.config.leases.late_effect,
+    };
+    let holder = take_name(&shared.owner, rand::random());
+    let taken = Claim::take(terms, doubt, holder).await;
+    let Some(claim) = taken.map_err(Unfinished::Failed)? else {
         return Ok(());
     };
     let repaired = claim
-        .keep(shared, repair_claimed(shared, table, &claim, stop))
+        .keep(repair_claimed(shared, table, &claim, stop))
         .await;
     match &repaired {
         Ok(()) | Err(Unfinished::Unanswered(_)) => {}
-        Err(_) => claim.give_back(shared).await,
+        Err(_) => {
+            claim.give_back().await;
+            shared.rescan.notify_one();
+        }
     }
     repaired
 }
@@ -286,11 +296,7 @@ async fn repair_claimed(
     };
     repair.run().await?;
     let row = repair.claim.row();
-    let gone = shared
-        .state
-        .delete(&row)
-        .await
-        .map_err(Unfinished::Failed)?;
+    let gone = claim.finish().await.map_err(Unfinished::Failed)?;
     // Refused: somebody else claimed it meanwhile, and removes it.
     if gone == Written::Yes {
         metrics::repaired(&table.name, repair.written);
@@ -446,14 +452,11 @@ impl DoubtRepair<'_> {
                 );
             }
         }
-        if done.is_some()
-            && !self
-                .claim
-                .renew(shared, done)
-                .await
-                .map_err(Unfinished::Failed)?
-        {
-            return Err(Unfinished::Stopped);
+        if let Some(done) = done {
+            let renewed = self.claim.renew(|row| row.set_position(done)).await;
+            if !renewed.map_err(Unfinished::Failed)? {
+                return Err(Unfinished::Stopped);
+            }
         }
         Ok(())
     }

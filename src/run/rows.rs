@@ -179,7 +179,7 @@ fn digest(
             Row::Doubt(row) => snapshot.doubts.push(row),
             Row::Pause(row) => snapshot.pauses.push(row),
             Row::Control(row) => snapshot.control = Some(row),
-            Row::Other(_) => {}
+            Row::Job(_) | Row::Other(_) => {}
         }
     }
     health.set_gaps(

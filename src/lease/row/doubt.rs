@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Counted, FORMAT_VERSION};
+use crate::lease::hold::Holdable;
 use crate::stream::reader::Position;
 use crate::stream::sequence::SequenceNumber;
 use crate::stream::{ShardId, stream_label};
@@ -136,6 +137,20 @@ impl DoubtRow {
         };
         row.set_position(from);
         row
+    }
+}
+
+impl Holdable for DoubtRow {
+    fn count(&mut self) {
+        self.lease_counter += 1;
+    }
+
+    fn set_holder(&mut self, holder: Option<String>) {
+        self.lease_owner = holder;
+    }
+
+    fn until_mut(&mut self) -> &mut i64 {
+        &mut self.until
     }
 }
 
