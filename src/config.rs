@@ -250,6 +250,8 @@ pub struct DeadLetters {
     pub directory: Option<PathBuf>,
     /// How often a record is tried alone before it counts as poison.
     pub max_attempts: u32,
+    /// More records refused in a minute halt their table; 0 halts none.
+    pub halt_after: u32,
 }
 
 impl Default for DeadLetters {
@@ -261,6 +263,8 @@ impl Default for DeadLetters {
             // A refusal of the data does not pass by itself; two more tries rule out a schema
             // change under way.
             max_attempts: 3,
+            // A thousand letters can still be looked at; more in a minute are a schema.
+            halt_after: 1_000,
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod discovery;
 pub mod doubts;
 pub mod fleet;
 pub mod gone;
+pub mod halt;
 pub mod letter;
 pub mod lookout;
 pub mod member;
@@ -47,6 +48,7 @@ use crate::stream::listing::Lister;
 use context::Shared;
 use doubts::repair_doubts;
 use fleet::Fleet;
+use halt::Halts;
 use member::Member;
 use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
@@ -167,6 +169,7 @@ async fn feed_until(
         state: feed.state,
         dead_letters: feed.dead_letters,
         letters: Semaphore::new(LETTERS_AT_ONCE),
+        halts: Halts::new(&config),
         health,
         board,
         rows,
@@ -398,7 +401,7 @@ async fn beat(
 }
 
 /// This host and process start. The nonce makes a restarted worker somebody else.
-fn owner() -> String {
+pub fn owner() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let host = match host.trim() {
         "" => "host",

@@ -223,6 +223,12 @@ pub const KEYS: &[Key] = &[
         "3",
         "How often a record is tried alone before it counts as poison. A refusal of the data does not pass by itself; more tries rule out a schema change under way.",
     ),
+    key(
+        "dead_letters.halt_after",
+        "number",
+        "1000",
+        "More records of a table refused within a minute close its tap, and so do more than half of at least 100 records: then the schemas have diverged, and no record is to blame. 0 turns both off. Counted in each worker.",
+    ),
 ];
 
 /// Whether the concrete dotted `path` (labels and list indexes filled in) fits the pattern of a

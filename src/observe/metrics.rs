@@ -66,6 +66,7 @@ const DOUBTED: &str = "farshore_doubts_total";
 const REPAIRED: &str = "farshore_doubts_repaired_total";
 const REPAIR_WRITES: &str = "farshore_repair_writes_total";
 const REPAIR_REFUSED: &str = "farshore_repair_refused_total";
+const HALTED: &str = "farshore_halts_total";
 const PAUSED: &str = "farshore_paused";
 const DOUBTS: &str = "farshore_doubts_open";
 const RESTARTED: &str = "farshore_task_restarts_total";
@@ -184,6 +185,12 @@ pub const METRICS: &[Metric] = &[
          brings such an item is dead-lettered.",
     ),
     metric(
+        HALTED,
+        Kind::Counter,
+        "table",
+        "Times that this worker closed the tap because the replica refused more than `halt_after` records in a minute, or most of them.",
+    ),
+    metric(
         DOUBTS,
         Kind::Gauge,
         "table",
@@ -260,6 +267,7 @@ pub fn begin(table: &str) {
         REPAIRED,
         REPAIR_WRITES,
         REPAIR_REFUSED,
+        HALTED,
     ] {
         counter!(name, "table" => table.to_owned()).absolute(0);
     }
@@ -366,6 +374,11 @@ pub fn doubted(table: &str, cause: DoubtCause) {
 pub fn repaired(table: &str, writes: usize) {
     counter!(REPAIRED, "table" => table.to_owned()).increment(1);
     counter!(REPAIR_WRITES, "table" => table.to_owned()).increment(writes as u64);
+}
+
+/// A flood of refusals halted `table`.
+pub fn halted(table: &str) {
+    counter!(HALTED, "table" => table.to_owned()).increment(1);
 }
 
 /// A repair found `keys` items that the replica refuses for good.

@@ -9,6 +9,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 use super::discovery::{Discovery, Surroundings};
 use super::fleet::Fleet;
+use super::halt::Halts;
 use super::member::Member;
 use super::rows::Snapshot;
 use crate::apply::batch::Writer;
@@ -52,6 +53,8 @@ pub struct Shared {
     /// Dead letters on their way at once. Without a bound, mass poison would take every thread and
     /// connection there is.
     pub letters: Semaphore,
+    /// What was refused lately, and which tables are halted for it.
+    pub halts: Halts,
     /// Lists shards at one pace.
     pub lister: Lister,
     /// Live, ready, and why not.

@@ -27,6 +27,7 @@ pub fn look(shared: &Shared) {
         show_rows(shared, &rows, &headroom);
         note_unowned(shared, &rows);
     }
+    shared.look_at_halts();
     shared.health.watch();
 }
 

@@ -387,10 +387,18 @@ impl<'a> Consumer<'a> {
             Board::add(&shared.board.totals.coalesced, coalesced as u64);
         }
         Board::add(&shared.board.totals.records, finished.len() as u64);
+        shared.halts.applied(table, finished.len() as u64);
         self.note_durable();
     }
 
     fn on_refused(&mut self, op: &Op, fault: Fault, attempts: u32) {
+        let shared = &self.context.shared;
+        if !shared.may_dead_letter(&self.context.table.name) {
+            // One of a flood is not to blame: it is tried again once a person has opened the tap.
+            self.window.returned(op);
+            self.not_before = Instant::now() + self.backoff.pause();
+            return;
+        }
         self.window.refused(op);
         let change = &op.change;
         let letter = Letter::refused(self.context, &self.shard, change, &fault, attempts);
@@ -414,7 +422,12 @@ impl<'a> Consumer<'a> {
     ) {
         let context = self.context;
         let part = self.shard.clone();
+        let unasked = class == Class::Undecodable;
         self.letters.push(Box::pin(async move {
+            if unasked {
+                let shared = &context.shared;
+                shared.until_dead_letter(&context.table.name).await;
+            }
             letter.deliver(context, &part).await;
             Delivered {
                 slot,
