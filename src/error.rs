@@ -354,7 +354,7 @@ where
             let code = meta.code().unwrap_or("").to_owned();
             Fault {
                 operation,
-                class: class_of(&code, status),
+                class: class_of_code(&code, status),
                 code: if code.is_empty() {
                     format!("HTTP {status}")
                 } else {
@@ -380,7 +380,7 @@ where
         SdkError::ResponseError(context) => {
             let status = context.raw().status().as_u16();
             // A 2xx that cannot be parsed came from something that is no DynamoDB, or was cut.
-            let class = match class_of("", status) {
+            let class = match class_of_code("", status) {
                 Class::Unknown => Class::Network,
                 class => class,
             };
@@ -405,7 +405,7 @@ where
 }
 
 /// The class of a service's error code, or of its HTTP status where the code says nothing.
-fn class_of(code: &str, status: u16) -> Class {
+pub fn class_of_code(code: &str, status: u16) -> Class {
     // SQS spells them `KMS.DisabledException`, DynamoDB `KMSDisabledException`.
     if code.starts_with("KMS") || code.starts_with("Kms") {
         return match code.contains("Throttl") {
@@ -528,28 +528,31 @@ mod tests {
     #[test]
     fn codes_are_read_with_and_without_their_prefix() {
         assert_eq!(
-            class_of("AWS.SimpleQueueService.NonExistentQueue", 400),
+            class_of_code("AWS.SimpleQueueService.NonExistentQueue", 400),
             Class::NotFound
         );
         assert_eq!(
-            class_of(
+            class_of_code(
                 "com.amazonaws.dynamodb.v20120810#ProvisionedThroughputExceededException",
                 400
             ),
             Class::Throttled
         );
-        assert_eq!(class_of("", 503), Class::Service);
-        assert_eq!(class_of("SomethingNew", 400), Class::Unknown);
+        assert_eq!(class_of_code("", 503), Class::Service);
+        assert_eq!(class_of_code("SomethingNew", 400), Class::Unknown);
         for code in [
             "KMSDisabledException",
             "KMS.DisabledException",
             "KMS.AccessDeniedException",
             "KmsInvalidState",
         ] {
-            assert_eq!(class_of(code, 400), Class::Kms, "{code}");
+            assert_eq!(class_of_code(code, 400), Class::Kms, "{code}");
         }
-        assert_eq!(class_of("KMS.ThrottlingException", 400), Class::Throttled);
-        assert_eq!(class_of("KmsThrottled", 403), Class::Throttled);
+        assert_eq!(
+            class_of_code("KMS.ThrottlingException", 400),
+            Class::Throttled
+        );
+        assert_eq!(class_of_code("KmsThrottled", 403), Class::Throttled);
     }
 
     #[test]

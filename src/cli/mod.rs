@@ -1,11 +1,13 @@
 //! The commands: arguments in, one exit code out. Answers go to stdout, all else to stderr.
 
+mod dead_letters;
 #[cfg(feature = "embedded")]
 mod demo;
 #[cfg(feature = "embedded")]
 mod demo_load;
 mod health;
 mod provision;
+mod redrive;
 mod run;
 mod status;
 mod tap;
@@ -86,6 +88,17 @@ enum Command {
     /// --apply it prints what it would do. Exit code 0: opened, or not closed at all; 1: only planned,
     /// or the table stays closed by the pause of all tables; 2: could not be done.
     Resume(tap::Args),
+    /// Counts the dead letters of this region, by table, event and reason; consumes none
+    ///
+    /// Of a queue it looks at the first letters and gives them back; others do not see those
+    /// meanwhile. Exit code 0: none waits; 1: some do; 2: could not read.
+    DeadLetters(dead_letters::Args),
+    /// Brings dead letters home: makes each item as the active region holds it, then deletes the letter
+    ///
+    /// Mend first what the replica refused. Works beside `run` and beside another redrive; it may be
+    /// interrupted at any point. Without --apply it prints what it would do. Exit code 0: no letter is
+    /// left; 1: some stay, and it says why, or only planned; 2: could not begin.
+    Redrive(redrive::Args),
     /// Asks a running worker whether it lives: the probe of a container
     Health,
     /// Two embedded regions, a live workload, the worker; ends with a comparison of both tables
@@ -146,6 +159,8 @@ async fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Command::Provision(args) => provision::run(loaded(&cli.common)?, &args).await,
         Command::Pause(args) => tap::run(loaded(&cli.common)?, tap::Turn::Pause, &args).await,
         Command::Resume(args) => tap::run(loaded(&cli.common)?, tap::Turn::Resume, &args).await,
+        Command::DeadLetters(args) => dead_letters::run(loaded(&cli.common)?, &args).await,
+        Command::Redrive(args) => redrive::run(loaded(&cli.common)?, &args).await,
         Command::Health => health::run(loaded(&cli.common)?).await,
         #[cfg(feature = "embedded")]
         Command::Demo(args) => demo::run(&args).await,

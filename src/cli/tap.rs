@@ -149,7 +149,7 @@ fn checked_reason(reason: &str) -> Result<String, Failure> {
     ))
 }
 
-fn check_table(loaded: &Loaded, table: Option<&str>) -> Result<(), Failure> {
+pub(super) fn check_table(loaded: &Loaded, table: Option<&str>) -> Result<(), Failure> {
     let tables = &loaded.config.tables;
     let Some(wanted) = table.filter(|name| !tables.iter().any(|table| table.name == **name)) else {
         return Ok(());

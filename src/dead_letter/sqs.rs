@@ -1,19 +1,47 @@
-//! Dead letters in SQS, standard or FIFO.
+//! Dead letters in SQS, standard or FIFO: the queue itself, and what is known of it.
+
+mod receive;
+mod send;
+
+use std::collections::HashMap;
+use std::time::Duration;
 
 use aws_sdk_sqs::Client;
-use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName};
+use aws_sdk_sqs::types::QueueAttributeName as Name;
 
-use super::message::{ATTRIBUTES_BYTES_MAX, DeadLetter, LETTER_BYTES_MIN, MESSAGE_BYTES_MAX};
+use super::message::{LETTER_BYTES_MIN, MESSAGE_BYTES_MAX};
 use crate::dynamo::RegionClients;
 use crate::error::{Class, Failure, Fault, Operation, classify};
+
+/// What SQS keeps messages where nobody has said otherwise.
+const RETENTION_DEFAULT: Duration = Duration::from_secs(4 * 24 * 3_600);
+/// The attributes of a letter's message at their longest: five names, a table's name of 255 bytes,
+/// an event, a code and a class.
+const ATTRIBUTES_BYTES_MAX: usize = 1_024;
 
 /// A queue.
 #[derive(Clone)]
 pub struct Queue {
     client: Client,
     url: String,
-    /// The longest body of a letter that this queue takes.
-    body_bytes_max: usize,
+    /// The longest message that this queue takes, attributes included.
+    message_bytes_max: usize,
+    sender: send::Sender,
+}
+
+/// What a queue says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attributes {
+    /// The longest message that it takes, attributes included.
+    pub message_bytes_max: usize,
+    /// How long it keeps a message.
+    pub retention: Duration,
+    /// Messages to be received, about.
+    pub waiting: u64,
+    /// Messages that somebody has received and not deleted, about.
+    pub in_flight: u64,
+    /// After how many receives it moves a message to a queue of its own dead letters.
+    pub receives_max: Option<u64>,
 }
 
 impl Queue {
@@ -21,10 +49,12 @@ impl Queue {
     /// otherwise.
     pub fn new(region: &RegionClients, url: &str, endpoint_url: Option<&str>) -> Self {
         let endpoint = endpoint_url.map_or_else(|| origin(url), str::to_owned);
+        let client = region.sqs(&endpoint);
         Self {
-            client: region.sqs(&endpoint),
+            sender: send::Sender::new(client.clone(), url.to_owned()),
+            client,
             url: url.to_owned(),
-            body_bytes_max: MESSAGE_BYTES_MAX - ATTRIBUTES_BYTES_MAX,
+            message_bytes_max: MESSAGE_BYTES_MAX,
         }
     }
 
@@ -52,26 +82,23 @@ impl Queue {
     /// # Errors
     /// Any other fault than "not found".
     pub async fn exists(&self) -> Result<bool, Fault> {
-        Ok(self.bytes_max().await?.is_some())
+        Ok(self.attributes().await?.is_some())
     }
 
-    /// The longest message that the queue takes, attributes included; `None` if it is not there.
-    async fn bytes_max(&self) -> Result<Option<usize>, Fault> {
+    /// What the queue says of itself; `None` if it is not there.
+    ///
+    /// # Errors
+    /// Any other fault than "not found".
+    pub async fn attributes(&self) -> Result<Option<Attributes>, Fault> {
         let answer = self
             .client
             .get_queue_attributes()
             .queue_url(&self.url)
-            .attribute_names(QueueAttributeName::MaximumMessageSize)
+            .attribute_names(Name::All)
             .send()
             .await;
         match answer {
-            Ok(answer) => Ok(Some(
-                answer
-                    .attributes()
-                    .and_then(|all| all.get(&QueueAttributeName::MaximumMessageSize))
-                    .and_then(|bytes| bytes.parse().ok())
-                    .unwrap_or(MESSAGE_BYTES_MAX),
-            )),
+            Ok(answer) => Ok(Some(attributes(&answer.attributes.unwrap_or_default()))),
             Err(error) => match classify(Operation::Queue, &error) {
                 fault if fault.class == Class::NotFound => Ok(None),
                 fault => Err(fault),
@@ -86,8 +113,8 @@ impl Queue {
     /// A failure that names the queue.
     pub async fn check(mut self) -> Result<Self, Failure> {
         let what = format!("The dead-letter queue {} could not be reached", self.url);
-        let bytes_max = match self.bytes_max().await {
-            Ok(Some(bytes_max)) => bytes_max,
+        let attributes = match self.attributes().await {
+            Ok(Some(attributes)) => attributes,
             Ok(None) => {
                 return Err(Failure::new(
                     what,
@@ -97,15 +124,14 @@ impl Queue {
             }
             Err(fault) => return Err(Failure::from_fault(what, &fault)),
         };
-        self.body_bytes_max = bytes_max
-            .min(MESSAGE_BYTES_MAX)
-            .saturating_sub(ATTRIBUTES_BYTES_MAX);
-        if self.body_bytes_max < LETTER_BYTES_MIN {
+        let bytes_max = attributes.message_bytes_max;
+        self.message_bytes_max = bytes_max.min(MESSAGE_BYTES_MAX);
+        let least = LETTER_BYTES_MIN + ATTRIBUTES_BYTES_MAX;
+        if self.message_bytes_max < least {
             return Err(Failure::new(
                 format!("The dead-letter queue {} takes too little", self.url),
                 format!(
-                    "Its messages may hold {bytes_max} bytes, and a letter may need {} even without its images",
-                    LETTER_BYTES_MIN + ATTRIBUTES_BYTES_MAX
+                    "Its messages may hold {bytes_max} bytes, and a letter may need {least} even without its images",
                 ),
                 format!(
                     "Set the queue's MaximumMessageSize, best to {MESSAGE_BYTES_MAX}, so that the images fit too"
@@ -114,91 +140,29 @@ impl Queue {
         }
         Ok(self)
     }
+}
 
-    /// Sends a letter; done when SQS has stored it.
-    ///
-    /// # Errors
-    /// The fault of the call, or a letter that is too long even without its images.
-    pub async fn send(&self, letter: &DeadLetter) -> Result<(), Fault> {
-        let body = letter.to_line(self.body_bytes_max).map_err(|message| {
-            Fault::own(Operation::Queue, Class::Unknown, "letter too long", message)
-        })?;
-        let mut request = self
-            .client
-            .send_message()
-            .queue_url(&self.url)
-            .message_body(body);
-        for (name, value) in [
-            ("group", letter.group.as_str()),
-            ("table", letter.table.as_str()),
-            ("event", letter.event.as_deref().unwrap_or("UNKNOWN")),
-            ("code", letter.error.code.as_str()),
-            ("class", letter.error.class.as_str()),
-        ] {
-            let value = MessageAttributeValue::builder()
-                .data_type("String")
-                .string_value(value)
-                .build()
-                .map_err(|error| {
-                    Fault::own(
-                        Operation::Queue,
-                        Class::Unknown,
-                        "message not built",
-                        error.to_string(),
-                    )
-                })?;
-            request = request.message_attributes(name, value);
-        }
-        if self.is_fifo() {
-            // One group per table: its letters are received one after the other, though not in the
-            // order of the stream, since several may be on their way at once. The position makes a
-            // second delivery after a lost answer the same message.
-            request = request
-                .message_group_id(group_id(&letter.table))
-                .message_deduplication_id(deduplication_id(letter));
-        }
-        request
-            .send()
-            .await
-            .map(|_| ())
-            .map_err(|error| classify(Operation::Queue, &error))
+fn attributes(all: &HashMap<Name, String>) -> Attributes {
+    let number = |name: Name| all.get(&name).and_then(|text| text.parse::<u64>().ok());
+    let receives_max = all.get(&Name::RedrivePolicy).and_then(|policy| {
+        let policy: serde_json::Value = serde_json::from_str(policy).ok()?;
+        let receives = policy.get("maxReceiveCount")?;
+        // Some say it as a number and some as a text.
+        receives
+            .as_u64()
+            .or_else(|| receives.as_str()?.parse().ok())
+    });
+    Attributes {
+        message_bytes_max: number(Name::MaximumMessageSize)
+            .and_then(|bytes| usize::try_from(bytes).ok())
+            .unwrap_or(MESSAGE_BYTES_MAX),
+        retention: number(Name::MessageRetentionPeriod)
+            .map_or(RETENTION_DEFAULT, Duration::from_secs),
+        waiting: number(Name::ApproximateNumberOfMessages).unwrap_or(0)
+            + number(Name::ApproximateNumberOfMessagesDelayed).unwrap_or(0),
+        in_flight: number(Name::ApproximateNumberOfMessagesNotVisible).unwrap_or(0),
+        receives_max,
     }
-}
-
-/// Group ids take letters, digits and punctuation, and table names hold nothing else.
-fn group_id(table: &str) -> String {
-    table.chars().take(128).collect()
-}
-
-/// The same for a second delivery of a letter and different for any other letter, since a FIFO queue
-/// silently drops what it takes for a repetition. Shard and position alone do not tell letters
-/// apart: several groups may copy one table and share a queue. At most 128 characters.
-fn deduplication_id(letter: &DeadLetter) -> String {
-    let sequence = letter.sequence_number.as_deref().unwrap_or("none");
-    let digest = digest(&[
-        &letter.group,
-        &letter.table,
-        &letter.target.region,
-        &letter.target.table,
-        &letter.stream_arn,
-        &letter.shard_id,
-        sequence,
-    ]);
-    // The position is there for people; the digest holds it already.
-    let position: String = sequence.chars().take(64).collect();
-    format!("{digest:032x}-{position}")
-}
-
-/// FNV-1a of 128 bits: the same in every version and on every machine, which the standard library's
-/// hashers do not promise.
-fn digest(parts: &[&str]) -> u128 {
-    const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
-    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
-    // 0xff is in no UTF-8 text: it ends each part, so that no two lists read alike.
-    let bytes = parts.iter().flat_map(|part| part.bytes().chain([0xff]));
-    bytes.fold(BASIS, |hash, byte| {
-        (hash ^ u128::from(byte)).wrapping_mul(PRIME)
-    })
 }
 
 /// Scheme and authority of a URL.
@@ -229,36 +193,30 @@ mod tests {
     }
 
     #[test]
-    fn a_deduplication_id_is_short_and_tells_letters_apart() {
-        let mut letter = super::super::message::tests::letter("x");
-        letter.sequence_number = Some("4".repeat(100));
-        let id = deduplication_id(&letter);
-        assert!(id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic()));
-        // A second delivery of the same letter is the same message.
-        let mut again = letter.clone();
-        again.failed_at = "2026-01-02T00:00:00Z".into();
-        again.attempts += 1;
-        assert_eq!(deduplication_id(&again), id);
-        // Long positions and shards that differ only at their end; other groups, tables, targets.
-        let others: [fn(&mut DeadLetter); 7] = [
-            |letter| letter.sequence_number = Some(format!("{}5", "4".repeat(99))),
-            |letter| letter.shard_id.push('2'),
-            |letter| letter.stream_arn.push('2'),
-            |letter| letter.group.push('2'),
-            |letter| letter.table.push('2'),
-            |letter| letter.target.region.push('2'),
-            |letter| letter.target.table.push('2'),
-        ];
-        for change in others {
-            let mut other = letter.clone();
-            change(&mut other);
-            assert_ne!(deduplication_id(&other), id);
-        }
-    }
-
-    #[test]
-    fn the_digest_is_the_same_in_every_version() {
-        assert_eq!(digest(&["a"]), 0x0880_9545_50ab_1be9_5aa0_7330_55b7_51b9);
-        assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
+    fn what_a_queue_says_of_itself_is_read_and_what_it_does_not_say_is_the_default() {
+        let said = HashMap::from([
+            (Name::MaximumMessageSize, "262144".to_owned()),
+            (Name::MessageRetentionPeriod, "60".to_owned()),
+            (Name::ApproximateNumberOfMessages, "3".to_owned()),
+            (Name::ApproximateNumberOfMessagesNotVisible, "2".to_owned()),
+            (
+                Name::RedrivePolicy,
+                r#"{"deadLetterTargetArn":"arn","maxReceiveCount":"5"}"#.to_owned(),
+            ),
+        ]);
+        assert_eq!(
+            attributes(&said),
+            Attributes {
+                message_bytes_max: 262_144,
+                retention: Duration::from_secs(60),
+                waiting: 3,
+                in_flight: 2,
+                receives_max: Some(5),
+            }
+        );
+        let silent = attributes(&HashMap::new());
+        assert_eq!(silent.message_bytes_max, MESSAGE_BYTES_MAX);
+        assert_eq!(silent.retention, RETENTION_DEFAULT);
+        assert_eq!(silent.receives_max, None);
     }
 }

@@ -32,6 +32,11 @@ impl ItemKey {
         Self(bytes.into_boxed_slice())
     }
 
+    /// The canonical bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// An identity for tests and models.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self(bytes.into())

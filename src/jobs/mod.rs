@@ -5,3 +5,4 @@ pub mod compare;
 #[cfg(feature = "embedded")]
 pub mod local;
 pub mod provision;
+pub mod redrive;

@@ -1,5 +1,6 @@
 //! From a refused record to a delivered dead letter.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::context::TableContext;
@@ -89,6 +90,7 @@ impl Letter {
             keys: None,
             new_image: None,
             old_image: None,
+            compressed: BTreeMap::new(),
             omitted: Vec::new(),
             error: Reason {
                 class: String::new(),
@@ -98,6 +100,7 @@ impl Letter {
             attempts: 0,
             created_at: rfc3339(created_ms),
             failed_at: rfc3339(host_ms()),
+            redriven: 0,
         }
     }
 

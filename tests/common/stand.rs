@@ -108,7 +108,12 @@ impl Stand {
             return Vec::new();
         };
         files
-            .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
+            .map(|file| file.unwrap().path())
+            .filter(|path| {
+                path.extension()
+                    .is_some_and(|extension| extension == "jsonl")
+            })
+            .map(|path| std::fs::read_to_string(path).unwrap())
             .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
             .map(|line| serde_json::from_str(&line).unwrap())
             .collect()
