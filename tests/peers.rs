@@ -59,6 +59,8 @@ with_peers! {
     poison_of_two_tables_meets_in_one_fifo_queue => peers_support::queues::poison_of_two_tables_meets_in_one_fifo_queue;
     poison_of_two_groups_meets_in_one_fifo_queue => peers_support::queues::poison_of_two_groups_meets_in_one_fifo_queue;
     an_outage_of_the_queue_holds_the_checkpoint => peers_support::queues::an_outage_of_the_queue_holds_the_checkpoint;
+    a_redrive_empties_a_standard_queue => peers_support::queues::a_redrive_empties_a_standard_queue;
+    a_redrive_empties_a_fifo_queue => peers_support::queues::a_redrive_empties_a_fifo_queue;
     letters_fit_the_largest_message => peers_support::sizes::letters_fit_the_largest_message;
     letters_fit_a_queue_with_a_lower_limit => peers_support::sizes::letters_fit_a_queue_with_a_lower_limit;
     a_queue_too_small_for_any_letter_is_refused => peers_support::sizes::a_queue_too_small_for_any_letter_is_refused;

@@ -305,3 +305,75 @@ pub async fn an_outage_of_the_queue_holds_the_checkpoint(peers: &Ministacks) {
     assert_eq!(worker.logged("outage ends"), 1);
     assert!(worker.stop().await.success());
 }
+
+/// Letters in the queue, received ones included, as the queue counts them.
+async fn in_queue(peers: &Ministacks, name: &str) -> u64 {
+    let url = Ministack::queue_url(&peers.target.url(), name);
+    let asked = sqs(peers).get_queue_attributes().queue_url(&url);
+    let answer = asked.attribute_names(Name::All).send().await.unwrap();
+    let all = answer.attributes.unwrap();
+    let count = |name: Name| {
+        all.get(&name)
+            .map_or(0, |text| text.parse::<u64>().unwrap())
+    };
+    count(Name::ApproximateNumberOfMessages) + count(Name::ApproximateNumberOfMessagesNotVisible)
+}
+
+pub async fn a_redrive_empties_a_standard_queue(peers: &Ministacks) {
+    a_redrive_empties_the_queue(peers, "letters").await;
+}
+
+pub async fn a_redrive_empties_a_fifo_queue(peers: &Ministacks) {
+    a_redrive_empties_the_queue(peers, "letters.fifo").await;
+}
+
+/// Looking consumes nothing; letters that are refused again stay with their new reason; once the
+/// cause is mended, two redrives beside each other and the worker empty the queue.
+async fn a_redrive_empties_the_queue(peers: &Ministacks, name: &str) {
+    let stand = peers.stand();
+    let table = stand.table("picky");
+    picky_replica(&stand, &table).await;
+    let config = config_with_queue(&stand, &[&table], &peers.target.url(), name);
+    provision(&config);
+    let path = config.to_str().unwrap().to_owned();
+    let worker = Worker::following(&config).await;
+    for id in 0..60 {
+        put_kind(&stand, &table, &format!("k{id}"), id % 3 == 0).await;
+    }
+    let lettered = async || in_queue(peers, name).await == 20;
+    eventually("the letters", Duration::from_secs(30), lettered).await;
+    let asked = |arguments: &[&str]| {
+        let output = run(&[arguments, &["--json", "--config", &path]].concat());
+        let answer = serde_json::from_str(&stdout(&output)).unwrap_or_default();
+        let answer: serde_json::Value = answer;
+        (output.status.code(), answer, stderr(&output))
+    };
+    for _ in 0..2 {
+        let (code, found, told) = asked(&["dead-letters"]);
+        assert_eq!(code, Some(1), "{told}");
+        assert_eq!(found["lookedAt"], 20, "{found}");
+        assert_eq!(found["groups"][0]["letters"], 20, "{found}");
+        assert!(found["oldestSecondsLeft"].as_u64().unwrap() > 1_209_000);
+    }
+    let (code, again, told) = asked(&["redrive", "--apply"]);
+    assert_eq!(code, Some(1), "{told}");
+    assert_eq!(again["left"][0]["letters"], 20, "{again}");
+    assert_eq!(in_queue(peers, name).await, 20);
+    let mend = stand.target.delete_table().table_name(&table);
+    mend.send().await.unwrap();
+    provision(&config);
+    let beside = std::thread::spawn({
+        let path = path.clone();
+        move || run(&["redrive", "--apply", "--json", "--config", &path])
+    });
+    let (_, first, told) = asked(&["redrive", "--apply"]);
+    let second = beside.join().unwrap();
+    let second: serde_json::Value = serde_json::from_str(&stdout(&second)).unwrap();
+    let home = |report: &serde_json::Value| report["home"][&table].as_u64().unwrap_or(0);
+    assert_eq!(home(&first) + home(&second), 20, "{first} {second} {told}");
+    assert_eq!(in_queue(peers, name).await, 0);
+    // What was applied before the replica was made anew is for a copy to bring back.
+    let found = stand.target.scan().table_name(&table).send().await.unwrap();
+    assert_eq!(found.count, 20);
+    assert!(worker.stop().await.success());
+}
