@@ -13,6 +13,7 @@ pub mod fleet;
 pub mod gone;
 pub mod halt;
 pub mod letter;
+pub mod letters;
 pub mod lookout;
 pub mod member;
 pub mod rows;
@@ -190,6 +191,7 @@ async fn feed_until(
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
+    keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
     let mut repairs = JoinSet::new();
     for table in &shared.config.tables {
         repairs.spawn(keep_repairing(

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub use signs::{TableDoubts, TableTap};
+pub use signs::{LettersLeft, TableDoubts, TableTap};
 
 use super::liveness::Ledger;
 use crate::error::{Fault, Policy};
@@ -86,6 +86,8 @@ struct State {
     taps: BTreeMap<String, TableTap>,
     /// Doubts, by table.
     doubts: BTreeMap<String, TableDoubts>,
+    /// Dead letters in a queue.
+    letters: Option<LettersLeft>,
     /// The signs of life of a worker that feeds.
     ledger: Option<Ledger>,
     /// What was missing when last looked, by code and table.

@@ -66,6 +66,8 @@ const DOUBTED: &str = "farshore_doubts_total";
 const REPAIRED: &str = "farshore_doubts_repaired_total";
 const REPAIR_WRITES: &str = "farshore_repair_writes_total";
 const REPAIR_REFUSED: &str = "farshore_repair_refused_total";
+const LETTERS_WAITING: &str = "farshore_dead_letters_waiting";
+const LETTERS_LEFT: &str = "farshore_dead_letters_oldest_time_left_seconds";
 const HALTED: &str = "farshore_halts_total";
 const PAUSED: &str = "farshore_paused";
 const DOUBTS: &str = "farshore_doubts_open";
@@ -183,6 +185,18 @@ pub const METRICS: &[Metric] = &[
         "table",
         "Items that a repair found different and the replica refuses for good; the record that \
          brings such an item is dead-lettered.",
+    ),
+    metric(
+        LETTERS_WAITING,
+        Kind::Gauge,
+        "",
+        "Dead letters in the queue, received ones included; SQS counts them about right.",
+    ),
+    metric(
+        LETTERS_LEFT,
+        Kind::Gauge,
+        "",
+        "Seconds until the queue forgets the oldest dead letter; +Inf while none waits.",
     ),
     metric(
         HALTED,
@@ -374,6 +388,12 @@ pub fn doubted(table: &str, cause: DoubtCause) {
 pub fn repaired(table: &str, writes: usize) {
     counter!(REPAIRED, "table" => table.to_owned()).increment(1);
     counter!(REPAIR_WRITES, "table" => table.to_owned()).increment(writes as u64);
+}
+
+/// So many dead letters wait in the queue, the oldest for `left` more.
+pub fn letters_waiting(waiting: u64, left: Option<std::time::Duration>) {
+    gauge!(LETTERS_WAITING).set(waiting as f64);
+    gauge!(LETTERS_LEFT).set(left.map_or(f64::INFINITY, |left| left.as_secs_f64()));
 }
 
 /// A flood of refusals halted `table`.

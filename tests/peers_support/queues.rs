@@ -377,3 +377,38 @@ async fn a_redrive_empties_the_queue(peers: &Ministacks, name: &str) {
     assert_eq!(found.count, 20);
     assert!(worker.stop().await.success());
 }
+
+/// Before the queue forgets a letter, readiness says so; brought home, it is green again.
+pub async fn an_alarm_comes_before_the_queue_forgets(peers: &Ministacks) {
+    let stand = peers.stand();
+    let table = stand.table("picky");
+    picky_replica(&stand, &table).await;
+    let client = sqs(peers);
+    let short = client.create_queue().queue_name("letters");
+    let short = short.attributes(Name::MessageRetentionPeriod, "60");
+    short.send().await.unwrap();
+    let config = config_with_queue(&stand, &[&table], &peers.target.url(), "letters");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    put_kind(&stand, &table, "k", true).await;
+    let counted = async || worker.metric("farshore_dead_letters_waiting").await == 1.0;
+    eventually("it is counted", Duration::from_secs(20), counted).await;
+    let left = worker
+        .metric("farshore_dead_letters_oldest_time_left_seconds")
+        .await;
+    assert!((15.0..=60.0).contains(&left), "{left} s left");
+    assert_eq!(worker.get("/readyz").await.unwrap().0, 200);
+    let red = async || {
+        let (status, body) = worker.get("/readyz").await.unwrap();
+        status == 503 && body.contains("dead-letters-expire")
+    };
+    eventually("readiness warns", Duration::from_secs(60), red).await;
+    put_kind(&stand, &table, "k", false).await;
+    stand.converge(&table, 1).await;
+    let path = config.to_str().unwrap();
+    let home = run(&["redrive", "--apply", "--config", path]);
+    assert_eq!(home.status.code(), Some(0), "{}", stderr(&home));
+    let green = async || worker.get("/readyz").await.unwrap().0 == 200;
+    eventually("readiness is green", Duration::from_secs(20), green).await;
+    assert!(worker.stop().await.success());
+}

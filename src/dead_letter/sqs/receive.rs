@@ -42,6 +42,16 @@ impl Queue {
         Ok(messages.into_iter().map(waiting).collect())
     }
 
+    /// When the oldest of a few letters that the queue shows was sent, in milliseconds. None is taken
+    /// from anybody.
+    ///
+    /// # Errors
+    /// The fault of the call.
+    pub async fn oldest_shown_ms(&self) -> Result<Option<i64>, Fault> {
+        let shown = self.receive(Duration::ZERO).await?;
+        Ok(shown.iter().filter_map(|waiting| waiting.sent_ms).min())
+    }
+
     /// Deletes received letters for good.
     ///
     /// # Errors

@@ -28,6 +28,17 @@ pub struct TableDoubts {
     pub overdue: usize,
 }
 
+/// The dead letters of a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LettersLeft {
+    /// How many wait.
+    pub waiting: u64,
+    /// Time until the queue forgets the oldest.
+    pub left: Duration,
+    /// Whether a person has to know.
+    pub is_urgent: bool,
+}
+
 impl State {
     /// What outages excuse: whoever waits for them is not dead.
     fn excuses(&self, table: &str) -> Excuses {
@@ -83,6 +94,18 @@ impl State {
                     doubts.overdue, doubts.open
                 ),
                 next: "Look at the other reasons and the log: what holds the repair back is said there".to_owned(),
+            });
+        }
+        if let Some(letters) = self.letters.filter(|letters| letters.is_urgent) {
+            reasons.push(Reason {
+                code: "dead-letters-expire".to_owned(),
+                table: String::new(),
+                text: format!(
+                    "the queue forgets the oldest of {} dead letter(s) in {}",
+                    letters.waiting,
+                    hours(letters.left.as_secs_f64())
+                ),
+                next: "Mend what the replica refused and bring them home with `farshore redrive --apply`, or give the queue a longer MessageRetentionPeriod".to_owned(),
             });
         }
         reasons.extend(self.findings(now).into_iter().map(|finding| Reason {
@@ -220,6 +243,11 @@ impl Health {
             Some(tap) => state.taps.insert(table.to_owned(), tap),
             None => state.taps.remove(table),
         };
+    }
+
+    /// What is left for the dead letters, where any wait.
+    pub fn set_letters(&self, letters: Option<LettersLeft>) {
+        self.state().letters = letters;
     }
 
     /// The doubts of `table` now.

@@ -1,0 +1,133 @@
+//! The alarm before a queue forgets: its oldest letter's time is looked at again and again.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::context::Shared;
+use crate::dead_letter::Store;
+use crate::dead_letter::sqs::Queue;
+use crate::error::Fault;
+use crate::observe::health::LettersLeft;
+use crate::observe::metrics;
+
+/// How often the queue is asked with the default lease of ten seconds.
+const LOOK_LEASES: u32 = 6;
+/// A queue shows a few of its messages at a time: the oldest of these looks counts.
+const LOOKS_REMEMBERED: usize = 30;
+/// The alarm comes this long before the queue forgets a letter, or when a quarter of the time it
+/// keeps letters is left.
+const ALARM_BEFORE: Duration = Duration::from_secs(24 * 3_600);
+
+/// The oldest letters that lately were seen.
+#[derive(Debug, Default)]
+struct Oldest(VecDeque<Option<i64>>);
+
+impl Oldest {
+    /// A look found that its oldest letter was sent at `sent_ms`, or none at all.
+    fn saw(&mut self, sent_ms: Option<i64>) {
+        if self.0.len() == LOOKS_REMEMBERED {
+            self.0.pop_front();
+        }
+        self.0.push_back(sent_ms);
+    }
+
+    /// Nothing waits any more: what was seen is home.
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// When the oldest of them was sent, in milliseconds.
+    fn sent_ms(&self) -> Option<i64> {
+        self.0.iter().flatten().min().copied()
+    }
+}
+
+/// What is left for the oldest letter, and whether somebody has to know.
+fn left(sent_ms: i64, now_ms: i64, retention: Duration, waiting: u64) -> LettersLeft {
+    let kept_ms = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
+    let left_ms = u64::try_from(sent_ms.saturating_add(kept_ms) - now_ms).unwrap_or(0);
+    let left = Duration::from_millis(left_ms);
+    LettersLeft {
+        waiting,
+        left,
+        is_urgent: left < ALARM_BEFORE.min(retention / 4),
+    }
+}
+
+/// Looks at the queue for as long as the worker lives. A directory forgets nothing.
+pub async fn watch_letters(shared: Arc<Shared>) {
+    let Store::Queue(queue) = &shared.dead_letters else {
+        std::future::pending::<()>().await;
+        return;
+    };
+    let every = shared.config.leases.duration * LOOK_LEASES;
+    let mut oldest = Oldest::default();
+    loop {
+        let begun = Instant::now();
+        // A queue that does not answer shows when a letter is to be sent, and the last look stands.
+        match look(queue, &mut oldest).await {
+            Ok((waiting, retention)) => {
+                let now_ms = shared.target.clock.now_ms();
+                let left = oldest
+                    .sent_ms()
+                    .map(|sent_ms| left(sent_ms, now_ms, retention, waiting));
+                metrics::letters_waiting(waiting, left.as_ref().map(|left| left.left));
+                shared.health.set_letters(left);
+            }
+            Err(fault) => tracing::debug!(code = fault.code, "the queue could not be looked at"),
+        }
+        tokio::time::sleep_until((begun + every).into()).await;
+    }
+}
+
+/// One look: how many letters wait, and how long the queue keeps them.
+async fn look(queue: &Queue, oldest: &mut Oldest) -> Result<(u64, Duration), Fault> {
+    let Some(said) = queue.attributes().await? else {
+        return Ok((0, Duration::ZERO));
+    };
+    let waiting = said.waiting + said.in_flight;
+    if waiting == 0 {
+        oldest.clear();
+    } else if said.receives_max.is_none() {
+        // Where receives are counted, looking would use them up.
+        oldest.saw(queue.oldest_shown_ms().await?);
+    }
+    Ok((waiting, said.retention))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_of_the_last_looks_counts() {
+        let mut oldest = Oldest::default();
+        assert_eq!(oldest.sent_ms(), None);
+        oldest.saw(Some(5_000));
+        oldest.saw(None);
+        oldest.saw(Some(9_000));
+        assert_eq!(oldest.sent_ms(), Some(5_000));
+        for _ in 0..LOOKS_REMEMBERED {
+            oldest.saw(Some(9_000));
+        }
+        assert_eq!(oldest.sent_ms(), Some(9_000));
+        oldest.clear();
+        assert_eq!(oldest.sent_ms(), None);
+    }
+
+    #[test]
+    fn the_alarm_comes_a_day_before_or_with_the_last_quarter() {
+        let day = Duration::from_secs(24 * 3_600);
+        let urgent = |retention: Duration, age: Duration| {
+            let left = left(0, age.as_millis() as i64, retention, 1);
+            (left.is_urgent, left.left)
+        };
+        let second = Duration::from_secs(1);
+        assert_eq!(urgent(14 * day, 13 * day), (false, day));
+        assert_eq!(urgent(14 * day, 13 * day + second), (true, day - second));
+        assert!(!urgent(2 * day, 36 * day / 24).0);
+        assert!(urgent(2 * day, 37 * day / 24).0);
+        assert_eq!(urgent(day, 2 * day), (true, Duration::ZERO));
+    }
+}
