@@ -135,6 +135,21 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::DescribeTable,
+        Self::DescribeStream,
+        Self::GetShardIterator,
+        Self::GetRecords,
+        Self::Write,
+        Self::Scan,
+        Self::ReadSource,
+        Self::ReadReplica,
+        Self::State,
+        Self::Provision,
+        Self::Queue,
+    ];
+
     /// How the call is named in messages.
     pub const fn name(self) -> &'static str {
         match self {
@@ -190,6 +205,24 @@ pub enum Class {
 }
 
 impl Class {
+    /// All of them.
+    pub const ALL: [Self; 14] = [
+        Self::Throttled,
+        Self::Service,
+        Self::Network,
+        Self::Credentials,
+        Self::Access,
+        Self::Kms,
+        Self::NotFound,
+        Self::ExpiredIterator,
+        Self::Trimmed,
+        Self::Validation,
+        Self::CollectionFull,
+        Self::Condition,
+        Self::Undecodable,
+        Self::Unknown,
+    ];
+
     /// The label used in metrics, logs and dead letters.
     pub const fn label(self) -> &'static str {
         match self {
@@ -431,6 +464,8 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "ProvisionedThroughputExceededException"
         | "RequestLimitExceeded"
         | "LimitExceededException"
+        // Too many messages of a queue are in flight.
+        | "OverLimit"
         | "SlowDown" => Class::Throttled,
         "InternalServerError"
         | "InternalFailure"
@@ -439,8 +474,9 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "ServiceUnavailableException"
         | "TransactionConflictException"
         | "TransactionInProgressException"
+        | "ContinuousBackupsUnavailableException"
         | "ReplicatedWriteConflictException" => Class::Service,
-        "RequestTimeout" | "RequestTimeoutException" => Class::Network,
+        "RequestTimeout" | "RequestTimeoutException" | "InvalidEndpointException" => Class::Network,
         "AccessDenied"
         | "AccessDeniedException"
         | "UnauthorizedOperation"
@@ -463,6 +499,7 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "TableNotFoundException"
         | "NonExistentQueue"
         | "QueueDoesNotExist"
+        | "InvalidAddress"
         | "QueueDeletedRecently" => Class::NotFound,
         // A table that is being created or deleted answers so; it passes by itself or a person
         // has to look, like a table that is not there.
