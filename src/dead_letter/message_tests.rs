@@ -137,3 +137,49 @@ fn compressed_images_are_checked() {
         assert!(matches!(broken, Err(Unreadable::Malformed(_))));
     }
 }
+
+/// `docs/DEAD_LETTER.schema.json` names what a letter holds, no more and no less; the lane of real
+/// peers checks letters against it.
+#[test]
+fn the_schema_names_every_field() {
+    let schema = include_str!("../../docs/DEAD_LETTER.schema.json");
+    let schema: Value = serde_json::from_str(schema).unwrap();
+    let mut full = letter("x");
+    full.redriven = 1;
+    full.omitted = vec!["oldImage".to_owned()];
+    full.compressed.insert("newImage".to_owned(), String::new());
+    let full = serde_json::to_value(&full).unwrap();
+    let names = |value: &Value| -> Vec<String> {
+        let mut names: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&full), names(&schema["properties"]));
+    assert_eq!(
+        names(&full["error"]),
+        names(&schema["properties"]["error"]["properties"])
+    );
+    assert_eq!(
+        names(&full["source"]),
+        names(&schema["definitions"]["place"]["properties"])
+    );
+    // What is always there is required, and nothing else is.
+    let bare = DeadLetter {
+        sequence_number: None,
+        event: None,
+        keys: None,
+        new_image: None,
+        old_image: None,
+        ..letter("x")
+    };
+    let required: Vec<&str> = schema["required"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    let mut sorted = required.clone();
+    sorted.sort_unstable();
+    assert_eq!(names(&serde_json::to_value(&bare).unwrap()), sorted);
+    assert_eq!(schema["properties"]["version"]["const"], VERSION);
+}

@@ -5,7 +5,9 @@ pub mod queues;
 pub mod sizes;
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::Client;
@@ -13,7 +15,7 @@ use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use aws_sdk_sqs::types::Message;
 use serde_json::Value;
 
-use crate::common::ministack::{Ministack, Ministacks};
+use crate::common::ministack::{Ministack, Ministacks, script};
 use crate::common::stand::{Stand, TARGET};
 
 /// An SQS client that is not Farshore's, in the replica region.
@@ -105,4 +107,24 @@ pub async fn receive(
             received.len()
         );
     }
+}
+
+/// Has a reader that knows nothing of Farshore but the schema check letters.
+pub fn check_against_schema(letters: &[Received]) {
+    let bodies: Vec<&Value> = letters.iter().map(|letter| &letter.body).collect();
+    let mut reader = script("letters.py")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let text = serde_json::to_vec(&bodies).unwrap();
+    // Dropped at the end of the statement: the reader sees the end.
+    reader.stdin.take().unwrap().write_all(&text).unwrap();
+    let answer = reader.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&answer.stdout).into_owned();
+    let faults = String::from_utf8_lossy(&answer.stderr).into_owned();
+    assert!(answer.status.success(), "{told}{faults}");
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told["checked"], letters.len());
 }

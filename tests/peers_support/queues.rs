@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use aws_sdk_sqs::types::QueueAttributeName as Name;
 
-use super::{Received, config_with_queue, receive, sqs};
+use super::{Received, check_against_schema, config_with_queue, receive, sqs};
 use crate::common::binary::{Worker, provision, run, stderr, stdout};
 use crate::common::eventually;
 use crate::common::ministack::{Ministack, Ministacks};
@@ -131,6 +131,7 @@ async fn poison_goes_to_the_queue(peers: &Ministacks, name: &str) {
         put_kind(&stand, &table, &format!("k{id}"), id % 10 == 3).await;
     }
     let mut letters = receive(&sqs(peers), peers, name, 3).await;
+    check_against_schema(&letters);
     letters.sort_by_key(|letter| letter.body["keys"].to_string());
     for (letter, key) in letters.iter().zip(["k13", "k23", "k3"]) {
         assert_letter(letter, &stand, &table, key);

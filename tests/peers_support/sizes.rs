@@ -12,7 +12,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 
-use super::{Received, config_with_queue, receive, sqs};
+use super::{Received, check_against_schema, config_with_queue, receive, sqs};
 use crate::common::binary::{Worker, provision, run, stderr};
 use crate::common::eventually;
 use crate::common::ministack::Ministacks;
@@ -100,6 +100,7 @@ pub async fn letters_fit_the_largest_message(peers: &Ministacks) {
         println!("{id}: a message of {} bytes", letter.bytes());
         assert!(letter.bytes() <= MESSAGE_BYTES, "{}", letter.bytes());
         assert_images(&letter, payload, omitted);
+        check_against_schema(&[letter]);
         put_kind(&stand, &table, id, false).await;
         stand.converge(&table, 1).await;
     }
