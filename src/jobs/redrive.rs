@@ -13,12 +13,16 @@
 //! directory hides nothing: there the job's row in the state table says who is at it, and until
 //! when a dead one's writes may take effect.
 
+mod flow;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+
+pub use flow::{Flow, Verdict};
 
 use crate::apply::batch::Writer;
 use crate::apply::budget::Budget;
@@ -84,72 +88,6 @@ impl Report {
 
     fn leave(&mut self, table: &str, why: impl Into<String>, letters: u64) {
         *self.left.entry((table.to_owned(), why.into())).or_default() += letters;
-    }
-}
-
-/// What becomes of a letter.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is brought home: its key is repaired.
-    Bring,
-    /// It was not asked for.
-    Other,
-    /// It stays, for this reason.
-    Stays(String),
-}
-
-/// The flow that a redrive repairs, and what it was asked for.
-pub struct Flow<'a> {
-    /// The group.
-    pub group: &'a str,
-    /// The epoch.
-    pub epoch: u64,
-    /// Label of the active region.
-    pub source: &'a str,
-    /// Label of the region fed.
-    pub target: &'a str,
-    /// The tables that are followed, by their names in the configuration.
-    pub tables: &'a BTreeSet<String>,
-    /// The only table asked for.
-    pub wanted: Option<&'a str>,
-}
-
-impl Flow<'_> {
-    /// Judges a letter. Repair by key is right in the flow's own direction and epoch only, and while
-    /// later records of its table will still be applied.
-    pub fn judge(&self, letter: &DeadLetter) -> Verdict {
-        let stays = |why: String| Verdict::Stays(why);
-        if self.wanted.is_some_and(|table| table != letter.table) {
-            return Verdict::Other;
-        }
-        if letter.group != self.group {
-            return stays(format!("it belongs to the group {}", letter.group));
-        }
-        if letter.epoch != self.epoch {
-            return stays(format!(
-                "it is of epoch {}, and this is epoch {}: it belongs to the failback plan",
-                letter.epoch, self.epoch
-            ));
-        }
-        if (letter.source.region.as_str(), letter.target.region.as_str())
-            != (self.source, self.target)
-        {
-            return stays(format!(
-                "it goes from {} to {}, and data flows from {} to {} now",
-                letter.source.region, letter.target.region, self.source, self.target
-            ));
-        }
-        if !self.tables.contains(&letter.table) {
-            return stays(
-                "its table is not followed: no worker of this epoch has begun with it".to_owned(),
-            );
-        }
-        if letter.item_key().is_none() {
-            return stays(
-                "it has no key that can be read: compare the whole table instead".to_owned(),
-            );
-        }
-        Verdict::Bring
     }
 }
 

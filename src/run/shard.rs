@@ -1,5 +1,7 @@
 //! One shard from its checkpoint to its end: read, decode, coalesce, apply, checkpoint.
 
+mod poison;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -388,67 +390,6 @@ impl<'a> Consumer<'a> {
         }
         Board::add(&shared.board.totals.records, finished.len() as u64);
         shared.halts.applied(table, finished.len() as u64);
-        self.note_durable();
-    }
-
-    fn on_refused(&mut self, op: &Op, fault: Fault, attempts: u32) {
-        let shared = &self.context.shared;
-        if !shared.may_dead_letter(&self.context.table.name) {
-            // One of a flood is not to blame: it is tried again once a person has opened the tap.
-            self.window.returned(op);
-            self.not_before = Instant::now() + self.backoff.pause();
-            return;
-        }
-        self.window.refused(op);
-        let change = &op.change;
-        let letter = Letter::refused(self.context, &self.shard, change, &fault, attempts);
-        self.deliver(
-            op.slot,
-            Some(change.key.clone()),
-            Some(change.event),
-            fault.class,
-            letter,
-        );
-    }
-
-    /// Delivers a dead letter, however long it takes: the checkpoint waits for it.
-    fn deliver(
-        &mut self,
-        slot: SlotId,
-        key: Option<ItemKey>,
-        event: Option<Event>,
-        class: Class,
-        letter: Letter,
-    ) {
-        let context = self.context;
-        let part = self.shard.clone();
-        let unasked = class == Class::Undecodable;
-        self.letters.push(Box::pin(async move {
-            if unasked {
-                let shared = &context.shared;
-                shared.until_dead_letter(&context.table.name).await;
-            }
-            letter.deliver(context, &part).await;
-            Delivered {
-                slot,
-                key,
-                event,
-                class,
-            }
-        }));
-    }
-
-    fn on_delivered(&mut self, delivered: &Delivered) {
-        self.window
-            .dead_lettered(delivered.slot, delivered.key.as_ref());
-        let shared = &self.context.shared;
-        let table = &self.context.table.name;
-        metrics::dead_lettered(table, delivered.class);
-        Board::add(&shared.board.totals.dead_letters, 1);
-        if let Some(event) = delivered.event {
-            metrics::record(table, event);
-            Board::add(&shared.board.totals.records, 1);
-        }
         self.note_durable();
     }
 

@@ -1,0 +1,71 @@
+//! Which letters a redrive may bring home. Pure.
+
+use std::collections::BTreeSet;
+
+use crate::dead_letter::message::DeadLetter;
+
+/// What becomes of a letter.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is brought home: its key is repaired.
+    Bring,
+    /// It was not asked for.
+    Other,
+    /// It stays, for this reason.
+    Stays(String),
+}
+
+/// The flow that a redrive repairs, and what it was asked for.
+pub struct Flow<'a> {
+    /// The group.
+    pub group: &'a str,
+    /// The epoch.
+    pub epoch: u64,
+    /// Label of the active region.
+    pub source: &'a str,
+    /// Label of the region fed.
+    pub target: &'a str,
+    /// The tables that are followed, by their names in the configuration.
+    pub tables: &'a BTreeSet<String>,
+    /// The only table asked for.
+    pub wanted: Option<&'a str>,
+}
+
+impl Flow<'_> {
+    /// Judges a letter. Repair by key is right in the flow's own direction and epoch only, and while
+    /// later records of its table will still be applied.
+    pub fn judge(&self, letter: &DeadLetter) -> Verdict {
+        let stays = |why: String| Verdict::Stays(why);
+        if self.wanted.is_some_and(|table| table != letter.table) {
+            return Verdict::Other;
+        }
+        if letter.group != self.group {
+            return stays(format!("it belongs to the group {}", letter.group));
+        }
+        if letter.epoch != self.epoch {
+            return stays(format!(
+                "it is of epoch {}, and this is epoch {}: it belongs to the failback plan",
+                letter.epoch, self.epoch
+            ));
+        }
+        if (letter.source.region.as_str(), letter.target.region.as_str())
+            != (self.source, self.target)
+        {
+            return stays(format!(
+                "it goes from {} to {}, and data flows from {} to {} now",
+                letter.source.region, letter.target.region, self.source, self.target
+            ));
+        }
+        if !self.tables.contains(&letter.table) {
+            return stays(
+                "its table is not followed: no worker of this epoch has begun with it".to_owned(),
+            );
+        }
+        if letter.item_key().is_none() {
+            return stays(
+                "it has no key that can be read: compare the whole table instead".to_owned(),
+            );
+        }
+        Verdict::Bring
+    }
+}
