@@ -263,6 +263,49 @@ async fn letters_that_are_not_this_flows_stay_with_a_clear_word() {
     assert!(lettered.worker.stop().await.success());
 }
 
+/// The source is gone: what its letters carry is applied where nothing newer was, in its order; what
+/// does not fit stays, and says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_its_source_a_letter_comes_home_from_its_images() {
+    let lettered = lettered(2, 3, "").await;
+    let (stand, config) = (&lettered.stand, &lettered.config);
+    // poison-0 is changed twice more and refused each time, poison-1 is changed and applied.
+    for value in [10, 20] {
+        put(&stand.source, &lettered.table, "poison-0", value).await;
+    }
+    let refused = async || waiting(config) == 5;
+    eventually("it is refused again", Duration::from_secs(20), refused).await;
+    lettered.refused.off();
+    put(&stand.source, &lettered.table, "poison-1", 77).await;
+    let differences = async || stand.differences(&lettered.table).await.len() == 2;
+    eventually(
+        "the later change is applied",
+        Duration::from_secs(20),
+        differences,
+    )
+    .await;
+    // As long as the source answers, it is asked.
+    let living = ends(2, &["redrive", "--from-images", "--apply"], config);
+    assert!(stderr(&living).contains("Redrive without --from-images"));
+    assert!(lettered.worker.stop().await.success());
+    let text = common::stand::text_of(config).replace(&stand.source_url, "http://127.0.0.1:9");
+    let alone = config.with_file_name("alone.toml");
+    std::fs::write(&alone, text).unwrap();
+    let plan = ends(1, &["redrive", "--from-images"], &alone);
+    assert!(stdout(&plan).contains("comes back"), "{}", stdout(&plan));
+    let waited = waiting(&alone);
+    let output = json(&ends(
+        1,
+        &["redrive", "--from-images", "--apply", "--json"],
+        &alone,
+    ));
+    assert_eq!(output["home"][&lettered.table], waited - 1, "{output}");
+    let why = output["left"][0]["why"].as_str().unwrap();
+    assert!(why.contains("compare by hand"), "{why}");
+    assert_eq!(waiting(&alone), 1);
+    stand.converge(&lettered.table, 5).await;
+}
+
 fn newest(directory: &Path) -> std::path::PathBuf {
     let files = std::fs::read_dir(directory).unwrap();
     let mut paths: Vec<_> = files.map(|file| file.unwrap().path()).collect();

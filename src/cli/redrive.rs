@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::num::NonZeroU32;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,17 +15,18 @@ use crate::config::TtlDeletes;
 use crate::config::read::Loaded;
 use crate::dead_letter::Store;
 use crate::dead_letter::survey::{Survey, survey};
-use crate::dynamo::Regions;
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::dynamo::table::ttl_attribute;
-use crate::error::{Exit, Failure, Fault};
-use crate::jobs::redrive::{Options, Redrive, Report, Watcher};
+use crate::dynamo::table::{describe, ttl_attribute};
+use crate::dynamo::{RegionClients, Regions};
+use crate::error::{Class, Exit, Failure, Fault};
+use crate::jobs::redrive::{FromImages, Ground, Options, Redrive, Report, Watcher};
 use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{JobRow, Row};
 use crate::lease::rules::take_name;
+use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
 use crate::run::owner;
-use crate::run::start::{Feed, Role, find_role, unusable};
+use crate::run::start::{Feed, Role, find_active, find_role, unusable};
 
 /// How many letters of a queue are looked at for a plan.
 const LOOK_MAX: u64 = 1_000;
@@ -43,6 +44,10 @@ pub(super) struct Args {
     /// At most so many letters a second
     #[arg(long, value_name = "N")]
     rate: Option<NonZeroU32>,
+    /// From the images in the letters, for a source that is gone: applies a letter only where the
+    /// replica still holds what its record replaced
+    #[arg(long)]
+    from_images: bool,
     /// Does it; without it nothing is changed
     #[arg(long)]
     apply: bool,
@@ -55,69 +60,169 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     super::provision::refuse_embedded(&loaded, "redrive")?;
     super::tap::check_table(&loaded, args.table.as_deref())?;
     let regions = Regions::connect(&loaded.config).await?;
+    if args.from_images {
+        return from_images(&loaded, &regions, args).await;
+    }
     let feed = match find_role(&loaded, &regions).await? {
         Role::Feed(feed) => feed,
-        Role::Standby { active } => {
-            return Err(Failure::new(
-                format!("There are no dead letters to bring home in {active}"),
-                "It is the active region: nothing is fed into it",
-                "Set AWS_REGION (or `here`) to the region whose replica is fed, and ask again",
-            ));
-        }
+        Role::Standby { active } => return Err(nothing_to_feed(&active)),
     };
+    let ground = Ground::of(&feed);
     let state_failed = |fault: Fault| unusable(&feed.target, feed.state.name(), &fault);
     let followed = followed(&feed, &loaded).await.map_err(state_failed)?;
-    refuse_closed(&feed, &loaded, args.table.as_deref())
-        .await
-        .map_err(state_failed)??;
+    refuse_closed(ground, &loaded, args.table.as_deref()).await?;
     if !args.apply {
-        return plan(&loaded, &feed, args).await;
+        return plan(&loaded, ground, args).await;
     }
-    let hold = hold(&loaded, &feed).await?;
-    let stop = super::stop_on_signal()?;
-    let options = Options {
+    let keep_expired = keep_expired(&loaded, &feed).await?;
+    let options = options(args);
+    under_hold(&loaded, ground, args, async |hold, stop, watcher| {
+        Redrive::new(
+            &loaded.config,
+            &feed,
+            &options,
+            hold,
+            followed,
+            keep_expired,
+            stop,
+        )
+        .run(watcher)
+        .await
+    })
+    .await
+}
+
+fn options(args: &Args) -> Options {
+    Options {
         table: args.table.clone(),
         limit: args.limit,
         rate: args.rate,
+    }
+}
+
+fn nothing_to_feed(active: &str) -> Failure {
+    Failure::new(
+        format!("There are no dead letters to bring home in {active}"),
+        "It is the active region: nothing is fed into it",
+        "Set AWS_REGION (or `here`) to the region whose replica is fed, and ask again",
+    )
+}
+
+/// The redrive for a source that is gone: nothing is asked of it but whether it is.
+async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<Exit, Failure> {
+    let region = |label: &str| {
+        regions.get(label).ok_or_else(|| {
+            Failure::new(
+                format!("Region {label} is not known"),
+                "It is not in the configuration",
+                format!("Add [regions.{label}] to the configuration"),
+            )
+        })
     };
-    let keep_expired = keep_expired(&loaded, &feed).await?;
-    let ended = Arc::new(std::sync::Mutex::new(None));
-    let redrive = Redrive::new(
-        &loaded.config,
-        &feed,
-        &options,
-        Arc::clone(&hold),
-        followed,
-        keep_expired,
-        &stop,
-    );
-    let mut watcher = Progress::new(&loaded, &feed, args);
+    let target = region(&loaded.here)?;
+    let (active, epoch) = find_active(&loaded.config, &loaded.here, regions).await?;
+    if active == loaded.here {
+        return Err(nothing_to_feed(&active));
+    }
+    let source = region(&active)?;
+    let wanted = |name: &str| args.table.as_deref().is_none_or(|table| table == name);
+    let mut tables = BTreeSet::new();
+    for table in loaded.config.tables.iter().filter(|t| wanted(&t.name)) {
+        refuse_living(source, table.name_in(&source.label)).await?;
+        let name = table.name_in(&target.label);
+        let replica = describe(&target.tables, name)
+            .await
+            .map_err(|fault| unusable(target, name, &fault))?;
+        if replica.is_some() {
+            tables.insert(table.name.clone());
+        }
+    }
+    let state = StateTable::new(target.tables.clone(), loaded.config.state_table());
+    let dead_letters = Store::open(&loaded.config.dead_letters, target).await?;
+    let ground = Ground {
+        source: &active,
+        target,
+        state: &state,
+        epoch,
+        dead_letters: &dead_letters,
+    };
+    refuse_closed(ground, loaded, args.table.as_deref()).await?;
+    if !args.apply {
+        return plan(loaded, ground, args).await;
+    }
+    let options = options(args);
+    under_hold(loaded, ground, args, async |hold, stop, watcher| {
+        let redrive = FromImages {
+            config: &loaded.config,
+            ground,
+            options: &options,
+            hold: &hold,
+            tables,
+            stop,
+        };
+        redrive.run(watcher).await
+    })
+    .await
+}
+
+/// A source that answers is better than any image.
+async fn refuse_living(source: &RegionClients, table: &str) -> Result<(), Failure> {
+    let why = match describe(&source.tables, table).await {
+        Ok(None) => return Ok(()),
+        Ok(Some(_)) => "Its items can be read, and an image in a letter may be older".to_owned(),
+        Err(fault) => match fault.class {
+            Class::Network | Class::Service => return Ok(()),
+            _ => format!("It is not gone: {fault}"),
+        },
+    };
+    Err(Failure::new(
+        format!("Table {table} in {} answers", source.label),
+        why,
+        "Redrive without --from-images",
+    ))
+}
+
+/// Does `work` as the holder of a row, until it is done, the epoch moves, a tap closes or a signal
+/// comes; and shows what was done.
+async fn under_hold(
+    loaded: &Loaded,
+    ground: Ground<'_>,
+    args: &Args,
+    work: impl AsyncFnOnce(Arc<Hold<JobRow>>, &CancellationToken, &mut dyn Watcher) -> Report,
+) -> Result<Exit, Failure> {
+    let hold = hold(loaded, ground).await?;
+    let stop = super::stop_on_signal()?;
+    let ended = Mutex::new(None);
+    let mut watcher = Progress::new(args);
     let done = CancellationToken::new();
-    let watched = watch_flow(&feed, &loaded, &stop, &done, &ended);
+    let wanted = args.table.as_deref();
+    let watched = watch_flow(ground, loaded, wanted, &stop, &done, &ended);
     let work = async {
-        let report = hold.keep(redrive.run(&mut watcher)).await;
+        let report = hold
+            .keep(work(Arc::clone(&hold), &stop, &mut watcher))
+            .await;
         done.cancel();
         report
     };
     let (mut report, ()) = tokio::join!(work, watched);
-    if let Some(why) = ended.lock().ok().and_then(|mut why| why.take()) {
+    drop(watcher);
+    if let Some(why) = ended.into_inner().unwrap_or_else(PoisonError::into_inner) {
         report.ended = Some(why);
     }
     // A directory hides nothing: the row speaks for the write that may still take effect.
-    if !(report.unanswered && matches!(feed.dead_letters, Store::Directory(_))) {
+    if !(report.unanswered && matches!(ground.dead_letters, Store::Directory(_))) {
         // Left behind it would only make the next redrive of a directory wait.
         let _ = hold.finish().await;
     }
-    if let Store::Directory(directory) = &feed.dead_letters {
-        let tidied = directory.tidy().await;
-        if let Err(fault) = tidied {
-            tracing::warn!(
-                code = fault.code,
-                "files of older days could not be removed"
-            );
-        }
+    if let Store::Directory(directory) = ground.dead_letters
+        && let Err(fault) = directory.tidy().await
+    {
+        tracing::warn!(
+            code = fault.code,
+            "files of older days could not be removed"
+        );
     }
-    show(&report, &feed, args)?;
+    show(&report, ground, args)?;
     Ok(match report.left.is_empty() && report.ended.is_none() {
         true => Exit::Done,
         false => Exit::Remains,
@@ -144,22 +249,22 @@ async fn followed(feed: &Feed, loaded: &Loaded) -> Result<BTreeSet<String>, Faul
 
 /// Why nothing may be written now: the epoch has moved, or a tap is closed.
 async fn closed(
-    feed: &Feed,
+    ground: Ground<'_>,
     loaded: &Loaded,
     wanted: Option<&str>,
 ) -> Result<Option<String>, Fault> {
-    if let Some(control) = feed.state.control().await?
-        && (control.epoch != feed.epoch || control.active != feed.active)
+    if let Some(control) = ground.state.control().await?
+        && (control.epoch != ground.epoch || control.active != ground.source)
     {
         return Ok(Some(format!(
             "the active region is {} since epoch {}",
             control.active, control.epoch
         )));
     }
-    let mut pauses = vec![feed.state.pause(None).await?];
+    let mut pauses = vec![ground.state.pause(None).await?];
     for table in &loaded.config.tables {
         if wanted.is_none_or(|wanted| wanted == table.name) {
-            pauses.push(feed.state.pause(Some(&table.name)).await?);
+            pauses.push(ground.state.pause(Some(&table.name)).await?);
         }
     }
     let standing = pauses.into_iter().flatten().find(|row| row.is_closed());
@@ -173,27 +278,29 @@ async fn closed(
 }
 
 async fn refuse_closed(
-    feed: &Feed,
+    ground: Ground<'_>,
     loaded: &Loaded,
     wanted: Option<&str>,
-) -> Result<Result<(), Failure>, Fault> {
-    Ok(match closed(feed, loaded, wanted).await? {
+) -> Result<(), Failure> {
+    let failed = |fault: Fault| unusable(ground.target, ground.state.name(), &fault);
+    match closed(ground, loaded, wanted).await.map_err(failed)? {
         None => Ok(()),
         Some(why) => Err(Failure::new(
             "Nothing may be written to the replica now",
             why,
             "Open the tap with `farshore resume` (or name one open table with --table), and ask again",
         )),
-    })
+    }
 }
 
 /// Ends the redrive when the epoch moves or a tap closes, until `done`.
 async fn watch_flow(
-    feed: &Feed,
+    ground: Ground<'_>,
     loaded: &Loaded,
+    wanted: Option<&str>,
     stop: &CancellationToken,
     done: &CancellationToken,
-    ended: &std::sync::Mutex<Option<String>>,
+    ended: &Mutex<Option<String>>,
 ) {
     loop {
         tokio::select! {
@@ -201,10 +308,8 @@ async fn watch_flow(
             () = tokio::time::sleep(loaded.config.leases.duration / 3) => {}
         }
         // A failure says nothing; the hold ends by itself where the state table stays away.
-        if let Ok(Some(why)) = closed(feed, loaded, None).await {
-            if let Ok(mut ended) = ended.lock() {
-                *ended = Some(why);
-            }
+        if let Ok(Some(why)) = closed(ground, loaded, wanted).await {
+            *ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
             stop.cancel();
             return;
         }
@@ -212,27 +317,27 @@ async fn watch_flow(
 }
 
 /// The row of this job. A directory has one job at a time, for it hides nothing from a second one.
-async fn hold(loaded: &Loaded, feed: &Feed) -> Result<Arc<Hold<JobRow>>, Failure> {
+async fn hold(loaded: &Loaded, ground: Ground<'_>) -> Result<Arc<Hold<JobRow>>, Failure> {
     let terms = Terms {
-        state: feed.state.clone(),
-        clock: Arc::clone(&feed.target.clock),
+        state: ground.state.clone(),
+        clock: Arc::clone(&ground.target.clock),
         duration: loaded.config.leases.duration,
         late_effect: loaded.config.leases.late_effect,
     };
     let me = owner();
-    let id = match &feed.dead_letters {
+    let id = match ground.dead_letters {
         Store::Queue(_) => me.replace('#', "-"),
         Store::Directory(directory) => directory.place().display().to_string(),
     };
     let at = rfc3339(host_ms());
-    let (source, target) = (&feed.source.label, &feed.target.label);
-    let row = JobRow::new(KIND, &id, feed.epoch, source, target, at);
+    let (source, target) = (ground.source, &ground.target.label);
+    let row = JobRow::new(KIND, &id, ground.epoch, source, target, at);
     let holder = take_name(&me, rand::random());
-    let failed = |fault: Fault| unusable(&feed.target, feed.state.name(), &fault);
-    let known = feed.state.job(&row.lease_key).await.map_err(failed)?;
+    let failed = |fault: Fault| unusable(ground.target, ground.state.name(), &fault);
+    let known = ground.state.job(&row.lease_key).await.map_err(failed)?;
     let held = match known {
         None => Hold::create(terms, row, holder).await,
-        Some(known) if known.until <= feed.target.clock.now_ms() => {
+        Some(known) if known.until <= ground.target.clock.now_ms() => {
             let row = JobRow {
                 lease_counter: known.lease_counter,
                 until: known.until,
@@ -280,9 +385,9 @@ async fn keep_expired(
 }
 
 /// Says what would be done.
-async fn plan(loaded: &Loaded, feed: &Feed, args: &Args) -> Result<Exit, Failure> {
-    let place = feed.dead_letters.name();
-    let found: Survey = survey(&feed.dead_letters, LOOK_MAX)
+async fn plan(loaded: &Loaded, ground: Ground<'_>, args: &Args) -> Result<Exit, Failure> {
+    let place = ground.dead_letters.name();
+    let found: Survey = survey(ground.dead_letters, LOOK_MAX)
         .await
         .map_err(|fault| {
             Failure::from_fault(
@@ -297,10 +402,13 @@ async fn plan(loaded: &Loaded, feed: &Feed, args: &Args) -> Result<Exit, Failure
         .filter(|table| args.table.as_deref().is_none_or(|name| name == table.name))
         .map(|table| {
             format!(
-                "will OVERWRITE items of {} in {} with what {} holds, where a letter names them",
-                table.name_in(&feed.target.label),
-                feed.target.label,
-                feed.source.label
+                "will OVERWRITE items of {} in {} with {}",
+                table.name_in(&ground.target.label),
+                ground.target.label,
+                match args.from_images {
+                    true => "the new images of letters, where it holds their old ones".to_owned(),
+                    false => format!("what {} holds, where a letter names them", ground.source),
+                }
             )
         })
         .collect();
@@ -317,6 +425,9 @@ async fn plan(loaded: &Loaded, feed: &Feed, args: &Args) -> Result<Exit, Failure
         if !found.is_empty() {
             text += "\nplan:\n  ";
             text += &tables.join("\n  ");
+            if args.from_images {
+                text += "\nnote: an item whose refused change was undone by a later one comes back";
+            }
             text += "\nnothing was changed: add --apply to do it";
         }
         answer(&text)?;
@@ -327,7 +438,7 @@ async fn plan(loaded: &Loaded, feed: &Feed, args: &Args) -> Result<Exit, Failure
     })
 }
 
-fn show(report: &Report, feed: &Feed, args: &Args) -> Result<(), Failure> {
+fn show(report: &Report, ground: Ground<'_>, args: &Args) -> Result<(), Failure> {
     if args.json {
         return answer_json(&json!({
             "version": 1,
@@ -345,8 +456,11 @@ fn show(report: &Report, feed: &Feed, args: &Args) -> Result<(), Failure> {
     let mut lines = Vec::new();
     for (table, letters) in &report.home {
         lines.push(format!(
-            "{letters} letter(s) of {table} are home: {} holds what {} does",
-            feed.target.label, feed.source.label
+            "{letters} letter(s) of {table} are home: {}",
+            match args.from_images {
+                true => format!("{} holds what their records wrote", ground.target.label),
+                false => format!("{} holds what {} does", ground.target.label, ground.source),
+            }
         ));
     }
     for ((table, why), letters) in &report.left {
@@ -369,7 +483,7 @@ fn show(report: &Report, feed: &Feed, args: &Args) -> Result<(), Failure> {
 struct Progress(ProgressBar);
 
 impl Progress {
-    fn new(_loaded: &Loaded, _feed: &Feed, args: &Args) -> Self {
+    fn new(args: &Args) -> Self {
         let bar = match std::io::stderr().is_terminal() && !args.json {
             true => ProgressBar::new_spinner(),
             false => ProgressBar::hidden(),

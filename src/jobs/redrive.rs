@@ -14,6 +14,7 @@
 //! when a dead one's writes may take effect.
 
 mod flow;
+mod images;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU32;
@@ -23,13 +24,15 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 pub use flow::{Flow, Verdict};
+pub use images::FromImages;
 
 use crate::apply::batch::Writer;
 use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::{Config, Table};
 use crate::dead_letter::message::{DeadLetter, Reason};
-use crate::dead_letter::{Inbox, Receipt, Waiting};
+use crate::dead_letter::{Inbox, Receipt, Store, Waiting};
+use crate::dynamo::RegionClients;
 use crate::dynamo::clock::{host_ms, rfc3339, uptime};
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::transmit::Bound;
@@ -37,6 +40,7 @@ use crate::dynamo::value::Item;
 use crate::error::{Fault, Policy};
 use crate::lease::hold::Hold;
 use crate::lease::row::JobRow;
+use crate::lease::table::StateTable;
 use crate::repair::{KeepExpired, Repaired, Repairer, Unfinished};
 use crate::run::start::Feed;
 
@@ -109,6 +113,34 @@ impl Bound for BatchBound {
         let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
         let hold = self.hold.remaining();
         until.map_or(hold, |until| hold.min(until.saturating_sub(uptime())))
+    }
+}
+
+/// Where a redrive works: the region fed, and the flow into it.
+#[derive(Clone, Copy)]
+pub struct Ground<'a> {
+    /// Label of the active region.
+    pub source: &'a str,
+    /// The region fed.
+    pub target: &'a RegionClients,
+    /// The state table, in the region fed.
+    pub state: &'a StateTable,
+    /// Number of the epoch.
+    pub epoch: u64,
+    /// Where the letters lie.
+    pub dead_letters: &'a Store,
+}
+
+impl<'a> Ground<'a> {
+    /// Where a worker feeds.
+    pub fn of(feed: &'a Feed) -> Self {
+        Self {
+            source: &feed.active,
+            target: &feed.target,
+            state: &feed.state,
+            epoch: feed.epoch,
+            dead_letters: &feed.dead_letters,
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::*;
 use crate::dead_letter::message::{Place, VERSION};
 
-fn letter() -> DeadLetter {
+pub(super) fn letter() -> DeadLetter {
     let place = |region: &str| Place {
         region: region.to_owned(),
         table: "orders".to_owned(),
