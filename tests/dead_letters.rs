@@ -9,10 +9,11 @@ use std::process::{Child, Output, Stdio};
 use std::time::Duration;
 
 use common::binary::{Worker, farshore, provision, run, stderr, stdout};
-use common::eventually;
 use common::stand::{Stand, delete, put, state_rows};
+use common::{eventually, long};
 use farshore::embedded::gateway::{Fault, FaultHandle, Limit, Options};
 use serde_json::Value;
+use suite::poison::Size;
 
 /// Refuses every write to the replica that names a key with `poison` in it.
 fn poisoned(stand: &Stand) -> FaultHandle {
@@ -425,4 +426,43 @@ async fn no_trouble_of_the_replica_ever_dead_letters() {
     assert_eq!(stand.dead_letters(), Vec::<Value>::new());
     assert_eq!(worker.metric("farshore_dead_letters_total").await, 0.0);
     assert!(worker.stop().await.success());
+}
+
+/// With `FARSHORE_LONG` 2,000 records that are poison among 50,000 that are not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_good_is_applied_and_all_poison_comes_home_whoever_is_killed() {
+    let size = Size {
+        good: long(50_000, 4_000) as usize,
+        poison: long(2_000, 160) as usize,
+        kills: long(10, 3) as usize,
+    };
+    let source = Options::new(common::seed()).shards(4);
+    let stand = Stand::gateways(source, Options::new(1)).await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let config = stand.config(&[&table], "halt_after = 0\n");
+    provision(&config);
+    let aside = stand.letters().with_extension("aside");
+    let outage = async |begins: bool| {
+        if begins {
+            // A file where the directory was: not even root can write there.
+            std::fs::rename(stand.letters(), &aside).unwrap();
+            std::fs::write(stand.letters(), "in the way").unwrap();
+        } else {
+            std::fs::remove_file(stand.letters()).unwrap();
+            std::fs::rename(&aside, stand.letters()).unwrap();
+        }
+    };
+    let lettered = || {
+        let there = match aside.exists() {
+            true => Stand::dead_letters_in(&aside),
+            false => stand.dead_letters(),
+        };
+        let place = |letter: Value| {
+            let text = |name: &str| letter[name].as_str().unwrap().to_owned();
+            (text("shardId"), text("sequenceNumber"))
+        };
+        Some(there.into_iter().map(place).collect())
+    };
+    suite::poison::poison_among_good(&stand, &table, &config, size, outage, lettered).await;
 }

@@ -102,20 +102,23 @@ impl Stand {
         self.temp.path().join("letters")
     }
 
-    /// Dead letters in the directory, parsed.
+    /// Dead letters in the directory, parsed; those that were brought home as well.
     pub fn dead_letters(&self) -> Vec<serde_json::Value> {
-        let Ok(files) = std::fs::read_dir(self.letters()) else {
+        Self::dead_letters_in(&self.letters())
+    }
+
+    /// Dead letters in another directory. A line that a crash cut short is none.
+    pub fn dead_letters_in(directory: &Path) -> Vec<serde_json::Value> {
+        let Ok(files) = std::fs::read_dir(directory) else {
             return Vec::new();
         };
+        let is_letters = |path: &PathBuf| path.extension().is_some_and(|e| e == "jsonl");
         files
             .map(|file| file.unwrap().path())
-            .filter(|path| {
-                path.extension()
-                    .is_some_and(|extension| extension == "jsonl")
-            })
+            .filter(is_letters)
             .map(|path| std::fs::read_to_string(path).unwrap())
             .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
-            .map(|line| serde_json::from_str(&line).unwrap())
+            .filter_map(|line| serde_json::from_str(&line).ok())
             .collect()
     }
 

@@ -413,3 +413,35 @@ pub async fn an_alarm_comes_before_the_queue_forgets(peers: &Ministacks) {
     eventually("readiness is green", Duration::from_secs(20), green).await;
     assert!(worker.stop().await.success());
 }
+
+pub async fn all_poison_comes_home_from_a_standard_queue(peers: &Ministacks) {
+    all_poison_comes_home(peers, "letters").await;
+}
+
+pub async fn all_poison_comes_home_from_a_fifo_queue(peers: &Ministacks) {
+    all_poison_comes_home(peers, "letters.fifo").await;
+}
+
+/// The tables lie behind gateways, which refuse what ministack would take; the queue is ministack's.
+async fn all_poison_comes_home(peers: &Ministacks, name: &str) {
+    let size = Size {
+        good: long(50_000, 10_000) as usize,
+        poison: long(2_000, 400) as usize,
+        kills: long(10, 4) as usize,
+    };
+    let source = Options::new(seed()).shards(4);
+    let stand = Stand::gateways(source, Options::new(1)).await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let proxy = stand.proxy(&peers.target.url()).await;
+    let config = config_with_queue(&stand, &[&table], &proxy.url(), name);
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text + "halt_after = 0\n").unwrap();
+    provision(&config);
+    let outage = async |begins: bool| match begins {
+        true => proxy.cut(),
+        false => proxy.heal(),
+    };
+    // What lies in a queue cannot be listed without taking it: that none is missing shows at the end.
+    poison_among_good(&stand, &table, &config, size, outage, || None).await;
+}

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary runs what its servers can do")]
 
 pub mod faults;
+pub mod poison;
 pub mod shapes;
 
 use std::sync::Arc;
