@@ -61,6 +61,8 @@ with_peers! {
     an_outage_of_the_queue_holds_the_checkpoint => peers_support::queues::an_outage_of_the_queue_holds_the_checkpoint;
     a_redrive_empties_a_standard_queue => peers_support::queues::a_redrive_empties_a_standard_queue;
     a_redrive_empties_a_fifo_queue => peers_support::queues::a_redrive_empties_a_fifo_queue;
+    all_poison_comes_home_from_a_standard_queue => peers_support::queues::all_poison_comes_home_from_a_standard_queue;
+    all_poison_comes_home_from_a_fifo_queue => peers_support::queues::all_poison_comes_home_from_a_fifo_queue;
     an_alarm_comes_before_the_queue_forgets => peers_support::queues::an_alarm_comes_before_the_queue_forgets;
     letters_fit_the_largest_message => peers_support::sizes::letters_fit_the_largest_message;
     letters_fit_a_queue_with_a_lower_limit => peers_support::sizes::letters_fit_a_queue_with_a_lower_limit;

@@ -183,3 +183,23 @@ fn the_schema_names_every_field() {
     assert_eq!(names(&serde_json::to_value(&bare).unwrap()), sorted);
     assert_eq!(schema["properties"]["version"]["const"], VERSION);
 }
+
+/// What the fuzz target begins with, without a fuzzer.
+#[test]
+fn the_corpus_is_read_without_harm() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fuzz/corpus");
+    let mut outcomes = [0; 3];
+    for file in std::fs::read_dir(corpus).unwrap() {
+        let bytes = std::fs::read(file.unwrap().path()).unwrap();
+        match DeadLetter::read(&String::from_utf8_lossy(&bytes)) {
+            Ok(letter) => {
+                outcomes[0] += 1;
+                let line = letter.to_line(MESSAGE_BYTES_MAX).unwrap();
+                assert_eq!(DeadLetter::read(&line).unwrap(), letter);
+            }
+            Err(Unreadable::Newer(_)) => outcomes[1] += 1,
+            Err(Unreadable::Malformed(_)) => outcomes[2] += 1,
+        }
+    }
+    assert_eq!(outcomes, [7, 1, 4]);
+}

@@ -6,10 +6,12 @@ use aws_sdk_sqs::types::QueueAttributeName as Name;
 
 use super::{Received, check_against_schema, config_with_queue, receive, sqs};
 use crate::common::binary::{Worker, provision, run, stderr, stdout};
-use crate::common::eventually;
 use crate::common::ministack::{Ministack, Ministacks};
 use crate::common::stand::{Stand, n, s};
+use crate::common::{eventually, long, seed};
 use crate::suite::faults::{checkpoint, picky_replica, picky_table, put_kind};
+use crate::suite::poison::{Size, poison_among_good};
+use farshore::embedded::gateway::Options;
 
 pub async fn a_standard_queue_is_provisioned_once(peers: &Ministacks) {
     a_queue_is_provisioned_once(peers, "letters").await;

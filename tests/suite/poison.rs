@@ -139,6 +139,8 @@ pub async fn poison_among_good(
     let (worker, ()) = tokio::join!(killing, writing);
     let within = Duration::from_secs(60 + (size.good / 100) as u64);
     let good_applied = async || {
+        // Comparing all of it takes the processors that it waits for.
+        tokio::time::sleep(Duration::from_millis(size.good as u64 / 20)).await;
         let differences = stand.differences(table).await;
         differences.len() == size.poison && differences.iter().all(|line| line.contains("p"))
     };
