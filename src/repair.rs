@@ -273,7 +273,7 @@ impl Repairer<'_> {
                 // A key that is written to all the time gets a moment.
                 tokio::time::sleep(FIRST_PAUSE * u32::try_from(round).unwrap_or(1)).await;
             }
-            self.read_source(&mut open).await?;
+            self.read_source(&mut open, round == 0).await?;
             open.retain(|key| key.repair.step() != Step::Clean);
             self.read_replica(&mut open).await?;
             open.retain(|key| key.repair.step() != Step::Clean);
@@ -285,8 +285,12 @@ impl Repairer<'_> {
         Err(Unfinished::Unsettled)
     }
 
-    async fn read_source(&self, open: &mut [Key]) -> Result<(), Unfinished> {
-        let found = self.read(Operation::ReadSource, self.source, open).await?;
+    async fn read_source(&self, open: &mut [Key], first: bool) -> Result<(), Unfinished> {
+        // What was written is verified before a stop is heard: an older value may lie there now.
+        let heard = first.then_some(self.stop);
+        let found = self
+            .read(Operation::ReadSource, self.source, open, heard)
+            .await?;
         for key in open {
             key.repair.source(Held(found.get(&key.id).cloned()));
         }
@@ -295,7 +299,7 @@ impl Repairer<'_> {
 
     async fn read_replica(&self, open: &mut [Key]) -> Result<(), Unfinished> {
         let found = self
-            .read(Operation::ReadReplica, self.replica, open)
+            .read(Operation::ReadReplica, self.replica, open, Some(self.stop))
             .await?;
         for key in open {
             let held = found.get(&key.id).cloned();
@@ -382,6 +386,7 @@ impl Repairer<'_> {
         operation: Operation,
         table: (&Client, &str),
         open: &[Key],
+        stop: Option<&CancellationToken>,
     ) -> Result<HashMap<ItemKey, Arc<Item>>, Unfinished> {
         let mut found = HashMap::with_capacity(open.len());
         let Some(names) = open.first().map(|key| &key.keys) else {
@@ -391,7 +396,8 @@ impl Repairer<'_> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut attempts = Attempts::default();
         while !left.is_empty() {
-            if self.stop.is_cancelled() || self.bound.remaining().is_zero() {
+            if stop.is_some_and(CancellationToken::is_cancelled) || self.bound.remaining().is_zero()
+            {
                 return Err(Unfinished::Stopped);
             }
             let request = KeysAndAttributes::builder()

@@ -140,6 +140,14 @@ pub struct ShardRow {
     pub created_at: i64,
 }
 
+/// The id of the table that is followed, as the rows of its streams know it.
+pub fn known_table_id<'a>(streams: &'a [StreamRow], epoch: u64, table: &str) -> Option<&'a str> {
+    streams
+        .iter()
+        .filter(|row| row.is_of(epoch, table))
+        .find_map(|row| row.table_id.as_deref())
+}
+
 /// A start that was never read for this long may have been trimmed in part: an hour less than the
 /// 24 h that a stream remembers.
 pub const UNREAD_LIMIT_MS: i64 = 23 * 60 * 60 * 1_000;

@@ -17,12 +17,12 @@ use crate::backoff::Backoff;
 use crate::config::{Table, TtlDeletes};
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::item::ItemKey;
-use crate::dynamo::table::ttl_attribute;
+use crate::dynamo::table::{describe, ttl_attribute};
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation};
 use crate::lease::doubts::{End, Pending, Range, grow, may_claim};
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS};
+use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS, known_table_id};
 use crate::lease::rules::take_name;
 use crate::lease::table::Written;
 use crate::observe::health::Scope;
@@ -201,13 +201,15 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
             report(&shared, &table.name, unfinished);
             pause = backoff.pause();
         }
+        let failed = done.iter().any(Result::is_err);
         if pause.is_zero() {
             shared.rescan.notify_one();
         }
         tokio::select! {
             () = stop.cancelled() => {}
-            // After a repair the next snapshot no longer shows its row.
-            changed = rows.changed() => if changed.is_err() { return },
+            // After a repair the next snapshot no longer shows its row. After one that failed its own
+            // claim has changed the rows: that is no reason to try again at once.
+            changed = rows.changed(), if !failed => if changed.is_err() { return },
             () = tokio::time::sleep(pause), if !pause.is_zero() => {}
         }
     }
@@ -265,10 +267,7 @@ async fn repair_doubt(
         .await;
     match &repaired {
         Ok(()) | Err(Unfinished::Unanswered(_)) => {}
-        Err(_) => {
-            claim.give_back().await;
-            shared.rescan.notify_one();
-        }
+        Err(_) => claim.give_back().await,
     }
     repaired
 }
@@ -285,6 +284,7 @@ async fn repair_claimed(
     let Some(context) = TableContext::of(shared, table, &arn, discovery) else {
         return Ok(());
     };
+    refuse_another_table(shared, table).await?;
     let mut repair = DoubtRepair {
         context: &context,
         keep_expired: keep_expired(shared, table).await?,
@@ -310,6 +310,27 @@ async fn repair_claimed(
         );
     }
     Ok(())
+}
+
+/// What a table made anew holds is not what the records in doubt were made of: repaired by it, the
+/// replica would lose its items. A person decides first.
+async fn refuse_another_table(shared: &Shared, table: &Table) -> Result<(), Unfinished> {
+    let name = table.name_in(&shared.source.label);
+    let described = describe(&shared.source.tables, name)
+        .await
+        .map_err(Unfinished::Failed)?;
+    let rows = shared.rows.borrow().clone();
+    let known = known_table_id(&rows.streams, shared.epoch, &table.name);
+    let now = described.as_ref().and_then(|table| table.table_id());
+    if described.is_some() && known.is_none_or(|known| Some(known) == now) {
+        return Ok(());
+    }
+    Err(Unfinished::Failed(Fault::own(
+        Operation::DescribeTable,
+        Class::NotFound,
+        "another table",
+        "the source table is not the one whose records are in doubt: it is gone, or was made anew",
+    )))
 }
 
 /// The repair of one doubt: its range is read again, its keys are repaired.
@@ -447,8 +468,8 @@ impl DoubtRepair<'_> {
                     table = context.table.name,
                     keys = repaired.refused.len(),
                     code = fault.code,
-                    "the replica refuses what the source holds: a dead letter has each, or will \
-                     when the worker comes to its record"
+                    "the replica refuses what the source holds: the record that brought it is a dead \
+                     letter, unless the replica took it before its schema changed"
                 );
             }
         }

@@ -16,6 +16,7 @@ use crate::backoff::Backoff;
 use crate::config::Table;
 use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::error::{Class, Fault, Operation};
+use crate::lease::row::known_table_id;
 use crate::mutation::trouble;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -177,13 +178,9 @@ impl Following {
 
     /// Whether the source table is not the one that was followed, now or by an earlier run.
     fn is_another_table(&self, snapshot: &Snapshot, identity: &Identity) -> bool {
-        let known = snapshot
-            .streams
-            .iter()
-            .filter(|row| row.is_of(self.shared.epoch, &self.table.name))
-            .find_map(|row| row.table_id.as_ref())
-            .or(self.table_id.as_ref());
-        matches!((known, &identity.table_id), (Some(known), Some(now)) if known != now)
+        let known = known_table_id(&snapshot.streams, self.shared.epoch, &self.table.name)
+            .or(self.table_id.as_deref());
+        matches!((known, identity.table_id.as_deref()), (Some(known), Some(now)) if known != now)
     }
 
     /// Starts a task for each stream that has to be followed and is not yet, oldest first.
