@@ -178,7 +178,7 @@ async fn a_redrive_that_is_interrupted_gives_back_what_is_not_home() {
     eventually("some are home", Duration::from_secs(20), begun).await;
     let pid = rustix::process::Pid::from_raw(crawl.id() as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
-    assert_eq!(crawl.wait().unwrap().code(), Some(1));
+    assert_eq!(crawl.wait().unwrap().code(), Some(130));
     assert!(waiting(config) > 0);
     // Nothing is waited for: every write of it was answered.
     ends(0, &["redrive", "--apply"], config);

@@ -145,6 +145,10 @@ fn whatever_goes_wrong_a_replica_said_to_be_caught_up_equals_its_source() {
                 while let Some(seed) = next(&seeds) {
                     let report = run(seed);
                     show(&report);
+                    // Now, and not after an hour of other seeds.
+                    if !report.troubles.is_empty() {
+                        println!("{}\n{}", report.troubles.join("\n"), report.tails);
+                    }
                     reports.lock().unwrap().push(report);
                 }
             });

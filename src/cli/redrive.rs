@@ -16,12 +16,12 @@ use crate::config::read::Loaded;
 use crate::dead_letter::Store;
 use crate::dead_letter::survey::{Survey, survey};
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::dynamo::table::{describe, ttl_attribute};
+use crate::dynamo::table::{describe, primary_key, ttl_attribute};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Exit, Failure, Fault};
-use crate::jobs::redrive::{FromImages, Ground, Options, Redrive, Report, Watcher};
+use crate::jobs::redrive::{Followed, FromImages, Ground, Options, Redrive, Report, Watcher};
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::{JobRow, Row};
+use crate::lease::row::{JobRow, Row, known_table_id};
 use crate::lease::rules::take_name;
 use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
@@ -31,6 +31,8 @@ use crate::run::start::{Feed, Role, find_active, find_role, unusable};
 /// How many letters of a queue are looked at for a plan.
 const LOOK_MAX: u64 = 1_000;
 const KIND: &str = "redrive";
+/// Rows of jobs that are dead for so long say nothing any more: an hour.
+const FORGOTTEN_MS: i64 = 3_600_000;
 
 /// Arguments of `redrive`.
 #[derive(Debug, clap::Args)]
@@ -39,7 +41,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "TABLE")]
     table: Option<String>,
     /// At most so many letters
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "from_images")]
     limit: Option<u64>,
     /// At most so many letters a second
     #[arg(long, value_name = "N")]
@@ -68,8 +70,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         Role::Standby { active } => return Err(nothing_to_feed(&active)),
     };
     let ground = Ground::of(&feed);
-    let state_failed = |fault: Fault| unusable(&feed.target, feed.state.name(), &fault);
-    let followed = followed(&feed, &loaded).await.map_err(state_failed)?;
+    let followed = followed(&feed, &loaded).await?;
     refuse_closed(ground, &loaded, args.table.as_deref()).await?;
     if !args.apply {
         return plan(&loaded, ground, args).await;
@@ -126,15 +127,15 @@ async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<
     }
     let source = region(&active)?;
     let wanted = |name: &str| args.table.as_deref().is_none_or(|table| table == name);
-    let mut tables = BTreeSet::new();
+    let mut tables = Followed::new();
     for table in loaded.config.tables.iter().filter(|t| wanted(&t.name)) {
         refuse_living(source, table.name_in(&source.label)).await?;
         let name = table.name_in(&target.label);
         let replica = describe(&target.tables, name)
             .await
             .map_err(|fault| unusable(target, name, &fault))?;
-        if replica.is_some() {
-            tables.insert(table.name.clone());
+        if let Some(replica) = replica {
+            tables.insert(table.name.clone(), primary_key(&replica));
         }
     }
     let state = StateTable::new(target.tables.clone(), loaded.config.state_table());
@@ -147,6 +148,7 @@ async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<
         dead_letters: &dead_letters,
     };
     refuse_closed(ground, loaded, args.table.as_deref()).await?;
+    refuse_fed(ground).await?;
     if !args.apply {
         return plan(loaded, ground, args).await;
     }
@@ -190,6 +192,7 @@ async fn under_hold(
     args: &Args,
     work: impl AsyncFnOnce(Arc<Hold<JobRow>>, &CancellationToken, &mut dyn Watcher) -> Report,
 ) -> Result<Exit, Failure> {
+    refuse_counting(ground).await?;
     let hold = hold(loaded, ground).await?;
     let stop = super::stop_on_signal()?;
     let ended = Mutex::new(None);
@@ -206,14 +209,13 @@ async fn under_hold(
     };
     let (mut report, ()) = tokio::join!(work, watched);
     drop(watcher);
-    if let Some(why) = ended.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        report.ended = Some(why);
+    let moved = ended.into_inner().unwrap_or_else(PoisonError::into_inner);
+    // Asked by a signal, and not because the flow has changed.
+    let interrupted = stop.is_cancelled() && moved.is_none() && report.ended.is_some();
+    if moved.is_some() {
+        report.ended = moved;
     }
-    // A directory hides nothing: the row speaks for the write that may still take effect.
-    if !(report.unanswered && matches!(ground.dead_letters, Store::Directory(_))) {
-        // Left behind it would only make the next redrive of a directory wait.
-        let _ = hold.finish().await;
-    }
+    // While the row is held: two that tidy at once would remove what the other has not seen.
     if let Store::Directory(directory) = ground.dead_letters
         && let Err(fault) = directory.tidy().await
     {
@@ -222,29 +224,98 @@ async fn under_hold(
             "files of older days could not be removed"
         );
     }
+    // A directory hides nothing: the row speaks for the write that may still take effect.
+    if !(report.unanswered && matches!(ground.dead_letters, Store::Directory(_))) {
+        // Left behind it would only make the next redrive of a directory wait.
+        let _ = hold.finish().await;
+    }
     show(&report, ground, args)?;
     Ok(match report.left.is_empty() && report.ended.is_none() {
+        _ if interrupted => Exit::Interrupted,
         true => Exit::Done,
         false => Exit::Remains,
     })
 }
 
-/// The tables whose shards a worker of this epoch has begun to follow: later records of their items
-/// will be applied.
-async fn followed(feed: &Feed, loaded: &Loaded) -> Result<BTreeSet<String>, Fault> {
-    let rows = feed.state.rows().await?;
-    let followed: BTreeSet<String> = rows
-        .into_iter()
-        .filter_map(|row| match row {
-            Row::Shard(row) if row.epoch == feed.epoch => Some(row.table),
-            _ => None,
-        })
-        .collect();
-    let tables = loaded.config.tables.iter().map(|table| &table.name);
-    Ok(tables
-        .filter(|name| followed.contains(*name))
-        .cloned()
-        .collect())
+/// Bringing home is receiving: a queue that counts receives would move away what stays.
+async fn refuse_counting(ground: Ground<'_>) -> Result<(), Failure> {
+    let Store::Queue(queue) = ground.dead_letters else {
+        return Ok(());
+    };
+    let said = queue.attributes().await.map_err(|fault| {
+        let place = ground.dead_letters.name();
+        Failure::from_fault(format!("The queue {place} could not be asked"), &fault)
+    })?;
+    match said.and_then(|said| said.receives_max) {
+        None => Ok(()),
+        Some(receives) => Err(Failure::new(
+            format!("The queue {} moves messages away", queue.url()),
+            format!(
+                "After {receives} receives a message goes to another queue, and a redrive receives"
+            ),
+            "Take away the queue's RedrivePolicy, redrive, and set it again",
+        )),
+    }
+}
+
+/// The tables whose shards a worker of this epoch has begun to follow, with their keys: later records
+/// of their items will be applied. One that was made anew since is not among them.
+async fn followed(feed: &Feed, loaded: &Loaded) -> Result<Followed, Failure> {
+    let failed = |fault: Fault| unusable(&feed.target, feed.state.name(), &fault);
+    let rows = feed.state.rows().await.map_err(failed)?;
+    let mut begun = BTreeSet::new();
+    let mut streams = Vec::new();
+    let forgotten = feed.target.clock.now_ms() - FORGOTTEN_MS;
+    for row in rows {
+        match row {
+            Row::Shard(row) if row.epoch == feed.epoch => {
+                begun.insert(row.table);
+            }
+            Row::Stream(row) => streams.push(row),
+            // Of a redrive that was killed. If it cannot be removed it does no harm.
+            Row::Job(row) if row.kind == KIND && row.until < forgotten => {
+                let _ = feed.state.delete(&row).await;
+            }
+            _ => {}
+        }
+    }
+    let mut followed = Followed::new();
+    for table in loaded
+        .config
+        .tables
+        .iter()
+        .filter(|t| begun.contains(&t.name))
+    {
+        let name = table.name_in(&feed.source.label);
+        let described = describe(&feed.source.tables, name)
+            .await
+            .map_err(|fault| unusable(&feed.source, name, &fault))?;
+        let now = described.as_ref().and_then(|table| table.table_id());
+        let known = known_table_id(&streams, feed.epoch, &table.name);
+        if described.is_some() && known.is_none_or(|known| Some(known) == now) {
+            let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
+            followed.insert(table.name.clone(), key);
+        }
+    }
+    Ok(followed)
+}
+
+/// A worker that feeds the table will read what the source holds once that answers again.
+async fn refuse_fed(ground: Ground<'_>) -> Result<(), Failure> {
+    let failed = |fault: Fault| unusable(ground.target, ground.state.name(), &fault);
+    let rows = ground.state.rows().await.map_err(failed)?;
+    let owned = rows.into_iter().find_map(|row| match row {
+        Row::Shard(row) if row.epoch == ground.epoch && !row.is_finished() => row.lease_owner,
+        _ => None,
+    });
+    match owned {
+        None => Ok(()),
+        Some(owner) => Err(Failure::new(
+            "A worker feeds the replica, or was not stopped",
+            format!("The worker {owner} holds a shard: its source may answer it"),
+            "Stop the workers of this region, and ask again",
+        )),
+    }
 }
 
 /// Why nothing may be written now: the epoch has moved, or a tap is closed.

@@ -157,8 +157,7 @@ fn marks_of(file: &str) -> String {
 /// Appends one line durably. Safe for several processes: the file is locked meanwhile. A line
 /// that a crash left half-written is ended first, so that it spoils no other.
 fn append_line(directory: &Path, path: &Path, line: &str) -> std::io::Result<()> {
-    let (mut file, is_new) = loop {
-        let is_new = !path.exists();
+    let mut file = loop {
         let file = OpenOptions::new()
             .create(true)
             .read(true)
@@ -168,9 +167,11 @@ fn append_line(directory: &Path, path: &Path, line: &str) -> std::io::Result<()>
         file.lock()?;
         // Removed between opening and locking: what is written to it now is gone with it.
         if file.metadata()?.nlink() > 0 {
-            break (file, is_new);
+            break file;
         }
     };
+    // Whoever finds it empty syncs its name, also one that another has made a moment ago.
+    let is_new = file.metadata()?.len() == 0;
     let mut text = String::with_capacity(line.len() + 2);
     if !ends_whole(&mut file)? {
         text.push('\n');
@@ -287,6 +288,10 @@ fn tidy(directory: &Path) -> std::io::Result<()> {
         };
         // Nobody appends meanwhile.
         opened.lock()?;
+        if opened.metadata()?.nlink() == 0 {
+            // Removed by another since it was opened; what has its name now is none of this.
+            continue;
+        }
         let mut found = Found::default();
         find_in(directory, &file, &mut found)?;
         if found.letters.is_empty() && found.broken == 0 {

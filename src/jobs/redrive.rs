@@ -16,14 +16,14 @@
 mod flow;
 mod images;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-pub use flow::{Flow, Verdict};
+pub use flow::{Flow, Followed, Verdict};
 pub use images::FromImages;
 
 use crate::apply::batch::Writer;
@@ -50,6 +50,11 @@ const WORK: Duration = Duration::from_secs(60);
 const MARGIN: Duration = Duration::from_secs(5);
 /// Answers without a letter after which there is none: a queue may overlook some once.
 const EMPTY_MAX: usize = 3;
+const LOST: &str =
+    "its row in the state table could not be kept: ask again once that table answers";
+/// How often a queue is asked whether others hold letters, before that is believed.
+const HELD_LOOKS: usize = 6;
+const HELD_PAUSE: Duration = Duration::from_secs(2);
 /// How often the place is asked again when it fails in a way that passes by itself.
 const ATTEMPTS_MAX: usize = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -156,7 +161,7 @@ pub struct Redrive<'a> {
     feed: &'a Feed,
     options: &'a Options,
     hold: Arc<Hold<JobRow>>,
-    tables: BTreeSet<String>,
+    tables: Followed,
     keep_expired: BTreeMap<String, KeepExpired>,
     writers: BTreeMap<String, Writer>,
     pace: Budget,
@@ -164,7 +169,7 @@ pub struct Redrive<'a> {
     stop: &'a CancellationToken,
     report: Report,
     /// Received and not brought home: given back at the end, so that they are not received again.
-    parked: Vec<Receipt>,
+    parked: HashMap<String, Receipt>,
     /// What was looked at. A message that shows again was judged already.
     seen: HashSet<String>,
     /// Letters that this redrive wrote because they were refused again.
@@ -181,6 +186,7 @@ pub struct Redrive<'a> {
 struct Bringing {
     letter: DeadLetter,
     keys: Item,
+    id: String,
     receipt: Receipt,
 }
 
@@ -191,7 +197,7 @@ impl<'a> Redrive<'a> {
         feed: &'a Feed,
         options: &'a Options,
         hold: Arc<Hold<JobRow>>,
-        tables: BTreeSet<String>,
+        tables: Followed,
         keep_expired: BTreeMap<String, KeepExpired>,
         stop: &'a CancellationToken,
     ) -> Self {
@@ -223,7 +229,7 @@ impl<'a> Redrive<'a> {
             keep_expired,
             stop,
             report: Report::default(),
-            parked: Vec::new(),
+            parked: HashMap::new(),
             seen: HashSet::new(),
             again: HashSet::new(),
             begun: rfc3339(host_ms()),
@@ -244,10 +250,35 @@ impl<'a> Redrive<'a> {
         if let Err(why) = self.bring_all(watcher).await {
             self.report.ended = Some(why);
         }
-        let parked = std::mem::take(&mut self.parked);
+        if self.report.ended.is_none() {
+            self.count_held_by_others().await;
+        }
+        let parked: Vec<Receipt> = std::mem::take(&mut self.parked).into_values().collect();
         // If it fails they show again by themselves, later.
         let _ = self.inbox.give_back(&parked, Duration::ZERO).await;
         self.report
+    }
+
+    /// A queue that shows nothing more may hold letters in somebody's hands all the same.
+    async fn count_held_by_others(&mut self) {
+        let Store::Queue(queue) = &self.feed.dead_letters else {
+            return;
+        };
+        let mut others = 0;
+        // SQS counts what was deleted for a while.
+        for _ in 0..HELD_LOOKS {
+            let Ok(Some(said)) = queue.attributes().await else {
+                return;
+            };
+            others = said.in_flight.saturating_sub(self.parked.len() as u64);
+            if others == 0 {
+                return;
+            }
+            tokio::time::sleep(HELD_PAUSE).await;
+        }
+        let why = "somebody has received it and neither deleted it nor given it back: another redrive, \
+                   or one that died; it shows again by itself";
+        self.report.leave("", why, others);
     }
 
     async fn bring_all(&mut self, watcher: &mut dyn Watcher) -> Result<(), String> {
@@ -256,7 +287,7 @@ impl<'a> Redrive<'a> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             if self.hold.is_over() {
-                return Err("its row in the state table was lost".to_owned());
+                return Err(LOST.to_owned());
             }
             // Worked out before the call is sent: hidden counts from when the queue gets it.
             let received = uptime();
@@ -275,7 +306,12 @@ impl<'a> Redrive<'a> {
                 Err(fault) => return Err(told(&fault)),
             };
             failures = 0;
-            if batch.is_empty() {
+            // Letters that were looked at show again while many others are brought home.
+            let news = batch.iter().any(|waiting| !self.seen.contains(&waiting.id));
+            if !news {
+                let again = batch.into_iter();
+                self.parked
+                    .extend(again.map(|known| (known.id, known.receipt)));
                 empty += 1;
                 if empty >= EMPTY_MAX {
                     return Ok(());
@@ -297,7 +333,7 @@ impl<'a> Redrive<'a> {
     /// Sorts a batch and brings home what is ours, table by table.
     async fn bring_batch(&mut self, batch: Vec<Waiting>, received: Duration) -> Result<(), String> {
         let mut tables: BTreeMap<String, Vec<Bringing>> = BTreeMap::new();
-        let mut receipts = Vec::new();
+        let receipts = Mutex::new(Vec::new());
         for waiting in batch {
             let is_new = self.seen.insert(waiting.id.clone());
             let room = self.options.limit.is_none_or(|limit| self.taken < limit);
@@ -306,7 +342,7 @@ impl<'a> Redrive<'a> {
             match self.sort(waiting, is_new && room) {
                 Some(bringing) => {
                     self.taken += 1;
-                    receipts.push(bringing.receipt.clone());
+                    lock(&receipts).push(bringing.receipt.clone());
                     let table = bringing.letter.table.clone();
                     tables.entry(table).or_default().push(bringing);
                 }
@@ -317,7 +353,9 @@ impl<'a> Redrive<'a> {
             hold: Arc::clone(&self.hold),
             until: Mutex::new(None),
         });
-        let is_hidden = receipts.iter().any(|r| matches!(r, Receipt::Message(_)));
+        let is_hidden = lock(&receipts)
+            .iter()
+            .any(|r| matches!(r, Receipt::Message(_)));
         if is_hidden {
             bound.move_to(received + WORK);
         }
@@ -326,13 +364,18 @@ impl<'a> Redrive<'a> {
         let hidden = self.hidden();
         // A small write budget may make a batch take longer than it is hidden.
         let keep_hidden = async {
-            while is_hidden {
+            if !is_hidden {
+                return;
+            }
+            loop {
                 tokio::select! {
                     () = done.cancelled() => return,
                     () = tokio::time::sleep(WORK / 3) => {}
                 }
                 let sent = uptime();
-                if hiding.give_back(&receipts, hidden).await.is_ok() {
+                // Those that are settled are no longer there to be hidden.
+                let open = lock(&receipts).clone();
+                if hiding.give_back(&open, hidden).await.is_ok() {
                     bound.move_to(sent + WORK);
                 }
             }
@@ -342,7 +385,7 @@ impl<'a> Redrive<'a> {
             for (table, letters) in tables {
                 let shared: Arc<dyn Bound> = Arc::clone(&bound) as _;
                 match ended {
-                    Ok(()) => ended = self.bring_table(&table, letters, &shared).await,
+                    Ok(()) => ended = self.bring_table(&table, letters, &shared, &receipts).await,
                     // Nothing was begun for these.
                     Err(_) => self.park(letters),
                 }
@@ -356,24 +399,25 @@ impl<'a> Redrive<'a> {
     /// A letter to bring home; what is not is noted and parked.
     fn sort(&mut self, waiting: Waiting, is_wanted: bool) -> Option<Bringing> {
         if !is_wanted {
-            self.parked.push(waiting.receipt);
+            self.parked.insert(waiting.id, waiting.receipt);
             return None;
         }
         let letter = match waiting.letter {
             Ok(letter) => letter,
             Err(unreadable) => {
                 self.report.leave("", unreadable.to_string(), 1);
-                self.parked.push(waiting.receipt);
+                self.parked.insert(waiting.id, waiting.receipt);
                 return None;
             }
         };
         // Refused since this began: another try would find the same, for ever.
-        if letter.redriven > 0 && letter.failed_at >= self.begun {
-            if !self.again.contains(&identity(&letter)) {
+        let ours = self.again.contains(&identity(&letter));
+        if ours || (letter.redriven > 0 && letter.failed_at >= self.begun) {
+            if !ours {
                 let why = "refused again a moment ago, by another redrive";
                 self.report.leave(&letter.table, why, 1);
             }
-            self.parked.push(waiting.receipt);
+            self.parked.insert(waiting.id, waiting.receipt);
             return None;
         }
         let flow = Flow {
@@ -390,18 +434,21 @@ impl<'a> Redrive<'a> {
                 return Some(Bringing {
                     letter,
                     keys,
+                    id: waiting.id,
                     receipt: waiting.receipt,
                 });
             }
             (Verdict::Stays(why), _) => self.report.leave(&letter.table, why, 1),
             (Verdict::Other | Verdict::Bring, _) => {}
         }
-        self.parked.push(waiting.receipt);
+        self.parked.insert(waiting.id, waiting.receipt);
         None
     }
 
     fn park(&mut self, letters: Vec<Bringing>) {
-        let receipts = letters.into_iter().map(|letter| letter.receipt);
+        let receipts = letters
+            .into_iter()
+            .map(|letter| (letter.id, letter.receipt));
         self.parked.extend(receipts);
     }
 
@@ -411,17 +458,25 @@ impl<'a> Redrive<'a> {
         table: &str,
         letters: Vec<Bringing>,
         bound: &Arc<dyn Bound>,
+        open: &Mutex<Vec<Receipt>>,
     ) -> Result<(), String> {
         let paced = u32::try_from(letters.len()).unwrap_or(u32::MAX);
         self.pace.spend(paced).await;
         match self.repair(table, &letters, bound).await {
-            Ok(repaired) => self.settle(table, letters, repaired).await,
+            Ok(repaired) => self.settle(table, letters, repaired, open).await,
             // One hot key must not keep its neighbours.
             Err(Unfinished::Unsettled) if letters.len() > 1 => {
+                let mut ended = Ok(());
                 for letter in letters {
-                    Box::pin(self.bring_table(table, vec![letter], bound)).await?;
+                    let one = vec![letter];
+                    match ended {
+                        Ok(()) => {
+                            ended = Box::pin(self.bring_table(table, one, bound, open)).await;
+                        }
+                        Err(_) => self.park(one),
+                    }
                 }
-                Ok(())
+                ended
             }
             Err(unfinished) => self.leave(table, letters, unfinished),
         }
@@ -508,6 +563,7 @@ impl<'a> Redrive<'a> {
         table: &str,
         letters: Vec<Bringing>,
         repaired: Repaired,
+        open: &Mutex<Vec<Receipt>>,
     ) -> Result<(), String> {
         let refused: HashMap<ItemKey, (Fault, u32)> = repaired
             .refused
@@ -535,6 +591,7 @@ impl<'a> Redrive<'a> {
         }
         let count = home.len() as u64;
         home.extend(again);
+        lock(open).retain(|receipt| !home.contains(receipt));
         self.patiently(async |redrive: &Self| redrive.inbox.delete(&home).await)
             .await?;
         if count > 0 {
@@ -580,6 +637,10 @@ fn refused_again(mut letter: DeadLetter, fault: &Fault, attempts: u32) -> DeadLe
     letter.failed_at = rfc3339(host_ms());
     letter.redriven += 1;
     letter
+}
+
+fn lock(receipts: &Mutex<Vec<Receipt>>) -> MutexGuard<'_, Vec<Receipt>> {
+    receipts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A fault and what to do about it, in one line.

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::dead_letter::message::{Place, VERSION};
+use crate::dynamo::table::KeyPart;
 
 pub(super) fn letter() -> DeadLetter {
     let place = |region: &str| Place {
@@ -39,7 +40,15 @@ pub(super) fn letter() -> DeadLetter {
 }
 
 fn judge(wanted: Option<&str>, change: impl FnOnce(&mut DeadLetter)) -> Verdict {
-    let tables = BTreeSet::from(["orders".to_owned(), "other".to_owned()]);
+    let key = vec![KeyPart {
+        name: "id".to_owned(),
+        role: "HASH".to_owned(),
+        kind: "S".to_owned(),
+    }];
+    let tables = Followed::from([
+        ("orders".to_owned(), key.clone()),
+        ("other".to_owned(), key),
+    ]);
     let flow = Flow {
         group: "g",
         epoch: 3,
@@ -58,7 +67,14 @@ fn only_letters_of_this_flow_are_brought_home() {
     assert_eq!(judge(None, |_| ()), Verdict::Bring);
     assert_eq!(judge(Some("orders"), |_| ()), Verdict::Bring);
     assert_eq!(judge(Some("other"), |_| ()), Verdict::Other);
-    let stays: [(fn(&mut DeadLetter), &str); 7] = [
+    type Change = fn(&mut DeadLetter);
+    let stays: [(Change, &str); 10] = [
+        (|l| l.keys = Some(json!({ "id": { "N": "1" } })), "the form"),
+        (|l| l.keys = Some(json!({ "no": { "S": "k" } })), "the form"),
+        (
+            |l| l.keys = Some(json!({ "id": { "S": "k" }, "at": { "N": "1" } })),
+            "the form",
+        ),
         (|l| l.group = "h".to_owned(), "group h"),
         (|l| l.epoch = 2, "failback plan"),
         (|l| l.epoch = 4, "failback plan"),

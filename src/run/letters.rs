@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use super::context::Shared;
 use crate::dead_letter::Store;
 use crate::dead_letter::sqs::Queue;
+use crate::dynamo::clock::host_ms;
 use crate::error::Fault;
-use crate::observe::health::LettersLeft;
+use crate::observe::health::{LettersLeft, Scope};
 use crate::observe::metrics;
 
 /// How often the queue is asked with the default lease of ten seconds.
@@ -21,25 +22,31 @@ const ALARM_BEFORE: Duration = Duration::from_secs(24 * 3_600);
 
 /// The oldest letters that lately were seen.
 #[derive(Debug, Default)]
-struct Oldest(VecDeque<Option<i64>>);
+struct Oldest {
+    /// What the last looks saw.
+    seen: VecDeque<Option<i64>>,
+    /// Since when any waits, where nothing may be looked at.
+    first_ms: Option<i64>,
+}
 
 impl Oldest {
     /// A look found that its oldest letter was sent at `sent_ms`, or none at all.
     fn saw(&mut self, sent_ms: Option<i64>) {
-        if self.0.len() == LOOKS_REMEMBERED {
-            self.0.pop_front();
+        if self.seen.len() == LOOKS_REMEMBERED {
+            self.seen.pop_front();
         }
-        self.0.push_back(sent_ms);
+        self.seen.push_back(sent_ms);
     }
 
     /// Nothing waits any more: what was seen is home.
     fn clear(&mut self) {
-        self.0.clear();
+        *self = Self::default();
     }
 
     /// When the oldest of them was sent, in milliseconds.
     fn sent_ms(&self) -> Option<i64> {
-        self.0.iter().flatten().min().copied()
+        let seen = self.seen.iter().flatten().min().copied();
+        seen.or(self.first_ms)
     }
 }
 
@@ -65,9 +72,9 @@ pub async fn watch_letters(shared: Arc<Shared>) {
     let mut oldest = Oldest::default();
     loop {
         let begun = Instant::now();
-        // A queue that does not answer shows when a letter is to be sent, and the last look stands.
         match look(queue, &mut oldest).await {
             Ok((waiting, retention)) => {
+                shared.health.succeeded(Scope::DeadLetters, "", "alarm");
                 let now_ms = shared.target.clock.now_ms();
                 let left = oldest
                     .sent_ms()
@@ -75,7 +82,10 @@ pub async fn watch_letters(shared: Arc<Shared>) {
                 metrics::letters_waiting(waiting, left.as_ref().map(|left| left.left));
                 shared.health.set_letters(left);
             }
-            Err(fault) => tracing::debug!(code = fault.code, "the queue could not be looked at"),
+            Err(fault) => {
+                let health = &shared.health;
+                health.failed(Scope::DeadLetters, "", "alarm", &fault);
+            }
         }
         tokio::time::sleep_until((begun + every).into()).await;
     }
@@ -84,14 +94,17 @@ pub async fn watch_letters(shared: Arc<Shared>) {
 /// One look: how many letters wait, and how long the queue keeps them.
 async fn look(queue: &Queue, oldest: &mut Oldest) -> Result<(u64, Duration), Fault> {
     let Some(said) = queue.attributes().await? else {
+        oldest.clear();
         return Ok((0, Duration::ZERO));
     };
     let waiting = said.waiting + said.in_flight;
     if waiting == 0 {
         oldest.clear();
     } else if said.receives_max.is_none() {
-        // Where receives are counted, looking would use them up.
         oldest.saw(queue.oldest_shown_ms().await?);
+    } else if oldest.sent_ms().is_none() {
+        // Where receives are counted, looking would use them up: since when any waits has to do.
+        oldest.first_ms = Some(host_ms());
     }
     Ok((waiting, said.retention))
 }

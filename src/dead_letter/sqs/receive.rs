@@ -57,6 +57,7 @@ impl Queue {
     /// # Errors
     /// The fault of the call, or of an entry of it: those are still there.
     pub async fn delete(&self, receipts: &[String]) -> Result<(), Fault> {
+        let mut outcome = Ok(());
         for receipts in receipts.chunks(RECEIVE_MAX as usize) {
             let entry = |(index, receipt): (usize, &String)| {
                 DeleteMessageBatchRequestEntry::builder()
@@ -73,9 +74,9 @@ impl Queue {
                 .send()
                 .await
                 .map_err(|error| classify(Operation::Queue, &error))?;
-            all_taken(&answer.failed)?;
+            outcome = outcome.and(all_taken(&answer.failed));
         }
-        Ok(())
+        outcome
     }
 
     /// Sets for how long received letters stay hidden from now on; zero gives them back at once.
@@ -83,6 +84,7 @@ impl Queue {
     /// # Errors
     /// The fault of the call, or of an entry of it: those stay hidden as they were.
     pub async fn hide(&self, receipts: &[String], hidden: Duration) -> Result<(), Fault> {
+        let mut outcome = Ok(());
         let hidden = hidden.min(VISIBILITY_MAX).as_secs_f64().ceil() as i32;
         for receipts in receipts.chunks(RECEIVE_MAX as usize) {
             let entry = |(index, receipt): (usize, &String)| {
@@ -101,9 +103,9 @@ impl Queue {
                 .send()
                 .await
                 .map_err(|error| classify(Operation::Queue, &error))?;
-            all_taken(&answer.failed)?;
+            outcome = outcome.and(all_taken(&answer.failed));
         }
-        Ok(())
+        outcome
     }
 }
 

@@ -1,8 +1,15 @@
 //! Which letters a redrive may bring home. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+
+use aws_sdk_dynamodb::types::AttributeValue;
 
 use crate::dead_letter::message::DeadLetter;
+use crate::dynamo::table::KeyPart;
+use crate::dynamo::value::Item;
+
+/// The tables that are followed, by their names in the configuration, with their keys.
+pub type Followed = BTreeMap<String, Vec<KeyPart>>;
 
 /// What becomes of a letter.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,7 +33,7 @@ pub struct Flow<'a> {
     /// Label of the region fed.
     pub target: &'a str,
     /// The tables that are followed, by their names in the configuration.
-    pub tables: &'a BTreeSet<String>,
+    pub tables: &'a Followed,
     /// The only table asked for.
     pub wanted: Option<&'a str>,
 }
@@ -56,16 +63,31 @@ impl Flow<'_> {
                 letter.source.region, letter.target.region, self.source, self.target
             ));
         }
-        if !self.tables.contains(&letter.table) {
+        let Some(parts) = self.tables.get(&letter.table) else {
             return stays(
-                "its table is not followed: no worker of this epoch has begun with it".to_owned(),
+                "its table is not followed: no worker of this epoch has begun with it, or it was made anew"
+                    .to_owned(),
             );
+        };
+        match letter.item_key() {
+            None => {
+                stays("it has no key that can be read: compare the whole table instead".to_owned())
+            }
+            Some(key) if !fits(&key, parts) => {
+                stays("its key is not of the form that the table has now".to_owned())
+            }
+            Some(_) => Verdict::Bring,
         }
-        if letter.item_key().is_none() {
-            return stays(
-                "it has no key that can be read: compare the whole table instead".to_owned(),
-            );
-        }
-        Verdict::Bring
     }
+}
+
+/// Whether a key has the attributes and types of a table's.
+fn fits(key: &Item, parts: &[KeyPart]) -> bool {
+    let is = |part: &KeyPart| match key.get(&part.name) {
+        Some(AttributeValue::S(_)) => part.kind == "S",
+        Some(AttributeValue::N(_)) => part.kind == "N",
+        Some(AttributeValue::B(_)) => part.kind == "B",
+        _ => false,
+    };
+    key.len() == parts.len() && parts.iter().all(is)
 }

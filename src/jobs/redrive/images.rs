@@ -1,25 +1,30 @@
 //! Bringing letters home without their source: from the images that they carry.
 //!
 //! Without a source nobody can say what an item ought to be now, so a letter is applied only where
-//! the replica still holds what its record replaced: then nothing newer was applied. Of one item
-//! several letters may wait, each the next one's predecessor; those that do not fit yet are tried
-//! again until nothing fits any more.
+//! the replica still holds what its record replaced: then nothing newer was applied. All letters are
+//! received before the first is applied, and those of one item are applied in the order of the
+//! stream: out of it, one that restored an older value would look as if it had been applied.
 //!
 //! What this cannot know: a record that was refused may have been undone by a later one that was
 //! applied (an item inserted and deleted again). Then the replica holds what the refused one
 //! replaced, and the letter brings back what is gone. The command says so before it does anything.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use tokio_util::sync::CancellationToken;
 
-use super::{EMPTY_MAX, Flow, Ground, Options, Report, Verdict, Watcher, told};
+use super::{
+    ATTEMPTS_MAX, EMPTY_MAX, FIRST_PAUSE, Flow, Followed, Ground, LONGEST_PAUSE, LOST, Options,
+    Report, Verdict, Watcher, told,
+};
 use crate::apply::budget::Budget;
+use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::dead_letter::message::DeadLetter;
 use crate::dead_letter::{Inbox, Receipt, Waiting};
+use crate::dynamo::item::ItemKey;
 use crate::dynamo::json::item_from_json;
 use crate::dynamo::transmit::Bound;
 use crate::dynamo::value::{Item, same_item};
@@ -27,17 +32,20 @@ use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
 use crate::lease::hold::Hold;
 use crate::lease::row::JobRow;
+use crate::stream::stream_label;
 
 /// For how long letters are hidden. A write is made on condition of what it replaces, so one that is
 /// late, or made twice by two redrives, does no harm.
 const HIDDEN: Duration = Duration::from_secs(15 * 60);
-/// Letters that wait for their predecessors; more stay where they are.
-const PARKED_MAX: usize = 1_000;
+/// Letters held at once: all that there are must be, or their order is not known.
+const LETTERS_MAX: usize = 5_000;
 /// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
 const ATTRIBUTES_MAX: usize = 150;
 
 const NOT_FITTING: &str =
     "the replica holds neither what its record replaced nor what it wrote: compare by hand";
+const AFTER_OTHERS: &str = "an earlier letter of its item stays";
+const NOT_BEGUN: &str = "the redrive ended before it";
 const NO_IMAGES: &str = "the images that it would take are not in it";
 
 /// What a record did to an item; `None` is no item.
@@ -64,31 +72,34 @@ impl Images {
     }
 }
 
-/// What is to be done with a record, given what the replica holds.
+/// What is to be done with the letters of one item, in the order of the stream, given what the
+/// replica holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fit {
-    /// It was applied already.
-    Home,
-    /// It is the next one.
+    /// The first so many were applied already.
+    Home(usize),
+    /// The first is the next one.
     Next,
-    /// Something else was applied, or its predecessor was not.
+    /// Something else was applied.
     No,
 }
 
-/// How the record of `images` fits to what the replica holds.
-pub fn fit(images: &Images, held: Option<&Item>) -> Fit {
+/// How the records `chain` of one item fit to what the replica holds.
+pub fn fit(chain: &[Images], held: Option<&Item>) -> Fit {
     let same = |image: &Option<Item>| match (image, held) {
         (None, None) => true,
         (Some(image), Some(held)) => same_item(image, held),
         _ => false,
     };
-    // First what it wrote: a record that changed nothing is home.
-    if same(&images.new) {
-        Fit::Home
-    } else if same(&images.old) {
-        Fit::Next
-    } else {
-        Fit::No
+    match chain.first() {
+        // A record that changed nothing is home.
+        Some(first) if same(&first.new) => Fit::Home(1),
+        // Before a later one is looked at: what that wrote may be what this one replaced.
+        Some(first) if same(&first.old) => Fit::Next,
+        _ => match chain.iter().rposition(|images| same(&images.new)) {
+            Some(last) => Fit::Home(last + 1),
+            None => Fit::No,
+        },
     }
 }
 
@@ -96,8 +107,13 @@ struct Letter {
     table: String,
     keys: Item,
     images: Images,
+    /// Its place in the stream.
+    at: (String, usize, String),
     receipt: Receipt,
 }
+
+/// Letters by item, in the order of the stream.
+type Chains = BTreeMap<(String, ItemKey), VecDeque<Letter>>;
 
 /// A redrive from images at work.
 pub struct FromImages<'a> {
@@ -110,7 +126,7 @@ pub struct FromImages<'a> {
     /// Its row in the state table.
     pub hold: &'a Hold<JobRow>,
     /// The tables whose replicas are there, by their names in the configuration.
-    pub tables: BTreeSet<String>,
+    pub tables: Followed,
     /// Ends it.
     pub stop: &'a CancellationToken,
 }
@@ -121,31 +137,46 @@ impl FromImages<'_> {
         let mut report = Report::default();
         let mut inbox = self.ground.dead_letters.inbox();
         let mut back = Vec::new();
-        let mut parked = Vec::new();
-        let brought = self
-            .bring_all(&mut inbox, &mut report, &mut back, &mut parked, watcher)
+        let mut chains = Chains::new();
+        let mut ended = self
+            .receive_all(&mut inbox, &mut report, &mut back, &mut chains)
             .await;
-        if let Err(why) = brought {
-            report.ended = Some(why);
+        let pace = Budget::new(self.options.rate.map(std::num::NonZeroU32::get));
+        for ((table, _), mut chain) in chains {
+            let mut why = NOT_BEGUN;
+            while ended.is_ok() && !chain.is_empty() {
+                pace.spend(1).await;
+                match self.bring(&mut chain, &inbox, &mut report).await {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => ended = Err(error),
+                }
+                watcher.progressed(report.home_count(), report.left_count());
+            }
+            if ended.is_ok() && !chain.is_empty() {
+                // Why the first stays was noted; the others wait for it.
+                why = AFTER_OTHERS;
+                back.extend(chain.pop_front().map(|first| first.receipt));
+            }
+            if !chain.is_empty() {
+                report.leave(&table, why, chain.len() as u64);
+            }
+            back.extend(chain.into_iter().map(|letter| letter.receipt));
         }
-        for letter in parked {
-            report.leave(&letter.table, NOT_FITTING, 1);
-            back.push(letter.receipt);
-        }
+        report.ended = ended.err();
         // If it fails they show again by themselves, later.
         let _ = inbox.give_back(&back, Duration::ZERO).await;
         report
     }
 
-    async fn bring_all(
+    /// Receives everything there is: only then the order of an item's letters is known.
+    async fn receive_all(
         &self,
         inbox: &mut Inbox,
         report: &mut Report,
         back: &mut Vec<Receipt>,
-        parked: &mut Vec<Letter>,
-        watcher: &mut dyn Watcher,
+        chains: &mut Chains,
     ) -> Result<(), String> {
-        let pace = Budget::new(self.options.rate.map(std::num::NonZeroU32::get));
         let flow = Flow {
             group: &self.config.group,
             epoch: self.ground.epoch,
@@ -155,103 +186,106 @@ impl FromImages<'_> {
             wanted: self.options.table.as_deref(),
         };
         let mut seen = HashSet::new();
-        let (mut empty, mut taken) = (0, 0);
+        let (mut empty, mut failures, mut taken) = (0, 0, 0);
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         while empty < EMPTY_MAX {
             self.go_on()?;
-            let batch = inbox.next(HIDDEN).await.map_err(|fault| told(&fault))?;
-            empty = if batch.is_empty() { empty + 1 } else { 0 };
-            for waiting in batch {
-                let is_new = seen.insert(waiting.id.clone());
-                if is_new && self.options.limit.is_some_and(|limit| taken >= limit) {
-                    back.push(waiting.receipt);
-                    return Err("--limit is reached, and there are more".to_owned());
+            let batch = match inbox.next(HIDDEN).await {
+                Ok(batch) => batch,
+                Err(fault) if fault.policy() == Policy::Retry && failures < ATTEMPTS_MAX => {
+                    failures += 1;
+                    tokio::time::sleep(backoff.pause()).await;
+                    continue;
                 }
-                let letter = match is_new {
-                    true => judged(&flow, waiting, report, back),
-                    false => None,
-                };
-                let Some(letter) = letter else { continue };
-                taken += 1;
-                pace.spend(1).await;
-                self.bring(letter, inbox, report, back, parked).await?;
-                watcher.progressed(report.home_count(), report.left_count());
+                Err(fault) => return Err(told(&fault)),
+            };
+            failures = 0;
+            let news = batch.iter().any(|waiting| !seen.contains(&waiting.id));
+            empty = if news { 0 } else { empty + 1 };
+            for waiting in batch {
+                if !seen.insert(waiting.id.clone()) {
+                    back.push(waiting.receipt);
+                    continue;
+                }
+                if let Some(letter) = judged(&flow, waiting, report, back) {
+                    taken += 1;
+                    let key = (letter.table.clone(), ItemKey::new(&letter.keys));
+                    chains.entry(key).or_default().push_back(letter);
+                }
+            }
+            if taken > LETTERS_MAX {
+                return Err(format!(
+                    "there are more than {LETTERS_MAX} letters, and their order is known only when all \
+                     are held at once: narrow it with --table"
+                ));
             }
         }
-        // Each round applies those whose predecessors the last one has applied.
-        loop {
-            let before = parked.len();
-            for letter in std::mem::take(parked) {
-                self.bring(letter, inbox, report, back, parked).await?;
-                watcher.progressed(report.home_count(), report.left_count());
-            }
-            if parked.is_empty() || parked.len() == before {
-                return Ok(());
-            }
+        for chain in chains.values_mut() {
+            chain.make_contiguous().sort_by(|a, b| a.at.cmp(&b.at));
         }
+        Ok(())
     }
 
     fn go_on(&self) -> Result<(), String> {
         if self.stop.is_cancelled() {
             Err("it was asked to stop".to_owned())
         } else if self.hold.remaining().is_zero() {
-            Err("its row in the state table was lost".to_owned())
+            Err(LOST.to_owned())
         } else {
             Ok(())
         }
     }
 
-    /// Applies one letter if it fits. An error ends the redrive.
+    /// Applies the first letter of an item, if it fits; false if it stays. An error ends the redrive.
     async fn bring(
         &self,
-        letter: Letter,
+        chain: &mut VecDeque<Letter>,
         inbox: &Inbox,
         report: &mut Report,
-        back: &mut Vec<Receipt>,
-        parked: &mut Vec<Letter>,
-    ) -> Result<(), String> {
-        let stays = |report: &mut Report, back: &mut Vec<Receipt>, letter: Letter, why: &str| {
-            report.leave(&letter.table, why, 1);
-            back.push(letter.receipt);
+    ) -> Result<bool, String> {
+        self.go_on()?;
+        let Some(first) = chain.front() else {
+            return Ok(false);
         };
-        if let Err(why) = self.go_on() {
-            stays(report, back, letter, "the redrive ended before it");
-            return Err(why);
-        }
-        let done = match self.held(&letter).await {
-            Ok(held) => match fit(&letter.images, held.as_ref()) {
-                Fit::Home => Ok(()),
-                Fit::Next => self.write(&letter).await,
-                Fit::No if parked.len() < PARKED_MAX => {
-                    parked.push(letter);
-                    return Ok(());
-                }
-                Fit::No => {
-                    stays(report, back, letter, NOT_FITTING);
-                    return Ok(());
-                }
-            },
+        let table = first.table.clone();
+        let images: Vec<Images> = chain.iter().map(|letter| letter.images.clone()).collect();
+        let fitting = match self.held(first).await {
+            Ok(held) => Ok(fit(&images, held.as_ref())),
+            Err(fault) => Err(fault),
+        };
+        let done = match fitting {
+            Ok(Fit::Home(count)) => Ok(count),
+            Ok(Fit::Next) => self.write(first).await.map(|()| 1),
+            Ok(Fit::No) => {
+                report.leave(&table, NOT_FITTING, 1);
+                return Ok(false);
+            }
             Err(fault) => Err(fault),
         };
         match done {
-            Ok(()) => {
-                let receipts = std::slice::from_ref(&letter.receipt);
-                inbox.delete(receipts).await.map_err(|f| told(&f))?;
-                *report.home.entry(letter.table).or_default() += 1;
-                Ok(())
+            Ok(count) => {
+                let receipts: Vec<Receipt> = chain
+                    .iter()
+                    .take(count)
+                    .map(|letter| letter.receipt.clone())
+                    .collect();
+                inbox.delete(&receipts).await.map_err(|f| told(&f))?;
+                chain.drain(..count);
+                *report.home.entry(table).or_default() += count as u64;
+                Ok(true)
             }
             Err(fault) if fault.policy() == Policy::DeadLetter => {
                 let why = format!("refused again: {} ({})", fault.code, fault.class.label());
-                stays(report, back, letter, &why);
-                Ok(())
+                report.leave(&table, why, 1);
+                Ok(false)
             }
             // Somebody wrote the item since it was read.
             Err(fault) if fault.class == Class::Condition => {
-                stays(report, back, letter, NOT_FITTING);
-                Ok(())
+                report.leave(&table, NOT_FITTING, 1);
+                Ok(false)
             }
             Err(fault) => {
                 report.unanswered |= effect_unknown(fault.class);
-                stays(report, back, letter, "the redrive ended before it");
                 Err(told(&fault))
             }
         }
@@ -362,10 +396,18 @@ fn judged(
     };
     let why = match (flow.judge(&letter), letter.item_key(), Images::of(&letter)) {
         (Verdict::Bring, Some(keys), Some(images)) => {
+            // Numbers of one item grow over its lineage, and get wider.
+            let sequence = letter.sequence_number.unwrap_or_default();
+            let sequence = sequence.trim_start_matches('0').to_owned();
             return Some(Letter {
                 table: letter.table,
                 keys,
                 images,
+                at: (
+                    stream_label(&letter.stream_arn).to_owned(),
+                    sequence.len(),
+                    sequence,
+                ),
                 receipt: waiting.receipt,
             });
         }
@@ -394,25 +436,54 @@ mod tests {
         ])
     }
 
-    #[test]
-    fn a_record_fits_where_the_replica_holds_what_it_replaced() {
-        let images = |old: Option<&str>, new: Option<&str>| Images {
+    fn images(old: Option<&str>, new: Option<&str>) -> Images {
+        Images {
             old: old.map(item),
             new: new.map(item),
+        }
+    }
+
+    #[test]
+    fn a_record_fits_where_the_replica_holds_what_it_replaced() {
+        let fits = |images: &Images, held: Option<&str>| {
+            fit(std::slice::from_ref(images), held.map(item).as_ref())
         };
         let insert = images(None, Some("1"));
-        assert_eq!(fit(&insert, None), Fit::Next);
-        assert_eq!(fit(&insert, Some(&item("1.0"))), Fit::Home);
-        assert_eq!(fit(&insert, Some(&item("2"))), Fit::No);
+        assert_eq!(fits(&insert, None), Fit::Next);
+        assert_eq!(fits(&insert, Some("1.0")), Fit::Home(1));
+        assert_eq!(fits(&insert, Some("2")), Fit::No);
         let modify = images(Some("1"), Some("2"));
-        assert_eq!(fit(&modify, None), Fit::No);
-        assert_eq!(fit(&modify, Some(&item("1"))), Fit::Next);
-        assert_eq!(fit(&modify, Some(&item("2"))), Fit::Home);
-        assert_eq!(fit(&modify, Some(&item("3"))), Fit::No);
+        assert_eq!(fits(&modify, None), Fit::No);
+        assert_eq!(fits(&modify, Some("1")), Fit::Next);
+        assert_eq!(fits(&modify, Some("2")), Fit::Home(1));
+        assert_eq!(fits(&modify, Some("3")), Fit::No);
         let remove = images(Some("1"), None);
-        assert_eq!(fit(&remove, None), Fit::Home);
-        assert_eq!(fit(&remove, Some(&item("1"))), Fit::Next);
-        assert_eq!(fit(&remove, Some(&item("2"))), Fit::No);
+        assert_eq!(fits(&remove, None), Fit::Home(1));
+        assert_eq!(fits(&remove, Some("1")), Fit::Next);
+        assert_eq!(fits(&remove, Some("2")), Fit::No);
+    }
+
+    #[test]
+    fn a_change_that_was_undone_ends_undone() {
+        let toggled = [images(Some("1"), Some("2")), images(Some("2"), Some("1"))];
+        let mut held = item("1");
+        let mut rest = &toggled[..];
+        while !rest.is_empty() {
+            let home = match fit(rest, Some(&held)) {
+                Fit::Home(count) => count,
+                Fit::Next => {
+                    held = rest[0].new.clone().unwrap();
+                    1
+                }
+                Fit::No => panic!("it fits"),
+            };
+            rest = &rest[home..];
+        }
+        assert_eq!(held, item("1"));
+        // Both were applied and neither deleted: the last of a chain says so.
+        let chain = [images(Some("1"), Some("2")), images(Some("2"), Some("3"))];
+        assert_eq!(fit(&chain, Some(&item("3"))), Fit::Home(2));
+        assert_eq!(fit(&chain, Some(&item("4"))), Fit::No);
     }
 
     #[test]
