@@ -264,6 +264,26 @@ async fn letters_that_are_not_this_flows_stay_with_a_clear_word() {
     assert!(lettered.worker.stop().await.success());
 }
 
+/// A source table that was made anew, empty, is no reason to delete what the replica holds: its letters
+/// stay until a person has decided.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_of_a_table_made_anew_stay_and_the_replica_is_not_emptied() {
+    let lettered = lettered(3, 2, "").await;
+    let (stand, table) = (&lettered.stand, &lettered.table);
+    // What the replica holds of one of them is older than the letter, and all that is left.
+    lettered.refused.off();
+    put(&stand.target, table, "poison-0", 1).await;
+    let deleted = stand.source.delete_table().table_name(table).send().await;
+    deleted.unwrap();
+    stand.create_source(table).await;
+    let output = ends(1, &["redrive", "--apply"], &lettered.config);
+    assert!(stdout(&output).contains("made anew"), "{}", stdout(&output));
+    assert_eq!(waiting(&lettered.config), 2);
+    let held = stand.target.scan().table_name(table).send().await.unwrap();
+    assert_eq!(held.count, 4, "the replica was emptied");
+    assert!(lettered.worker.stop().await.success());
+}
+
 /// The source is gone: what its letters carry is applied where nothing newer was, in its order; what
 /// does not fit stays, and says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
