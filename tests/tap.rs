@@ -303,6 +303,9 @@ async fn a_pause_stops_what_waits_for_the_write_budget() {
     for id in 0..400 {
         put(&stand.source, &table, &format!("k{id}"), id).await;
     }
+    // A batch may wait for its units longer than the changes above took: the pause comes after one.
+    let writing = async || !stand.gateways[1].calls_of("BatchWriteItem").is_empty();
+    eventually("something is written", Duration::from_secs(20), writing).await;
     code(&pause(&config, &[]), 0);
     tokio::time::sleep(3 * LEASE + 2 * SLACK).await;
     let late = last_write_after_pause(&stand);
