@@ -211,9 +211,21 @@ pub struct Repairer<'a> {
 pub struct Repaired {
     /// Items written or deleted.
     pub written: usize,
-    /// Items that the replica can never take, as the source held them: they belong into the dead
-    /// letters.
-    pub refused: Vec<(Arc<Change>, Fault, u32)>,
+    /// Items that the replica can never take: they belong into the dead letters.
+    pub refused: Vec<Refused>,
+}
+
+/// An item that a repair found different and the replica refuses.
+#[derive(Debug)]
+pub struct Refused {
+    /// The write, as the source held the item.
+    pub change: Arc<Change>,
+    /// What the replica holds instead.
+    pub held: Option<Arc<Item>>,
+    /// Why it refuses.
+    pub fault: Fault,
+    /// How often it was tried alone.
+    pub attempts: u32,
 }
 
 /// Why a repair did not come to its end. The intent stays.
@@ -233,6 +245,8 @@ struct Key {
     keys: Item,
     id: ItemKey,
     repair: KeyRepair<Held>,
+    /// What the replica held when it was read last.
+    held: Option<Arc<Item>>,
 }
 
 impl Repairer<'_> {
@@ -266,6 +280,7 @@ impl Repairer<'_> {
                 id: ItemKey::new(&keys),
                 keys,
                 repair: KeyRepair::default(),
+                held: None,
             })
             .collect();
         for round in 0..ROUNDS_MAX {
@@ -310,6 +325,7 @@ impl Repairer<'_> {
                 key.repair.leave();
                 continue;
             }
+            key.held.clone_from(&held);
             key.repair.replica(&Held(held));
         }
         Ok(())
@@ -357,7 +373,13 @@ impl Repairer<'_> {
                     Outcome::Returned => ops.push(op),
                     Outcome::Refused { fault, attempts } => {
                         refused.push(op.slot);
-                        repaired.refused.push((op.change, fault, attempts));
+                        let key = open.get(op.slot as usize);
+                        repaired.refused.push(Refused {
+                            change: op.change,
+                            held: key.and_then(|key| key.held.clone()),
+                            fault,
+                            attempts,
+                        });
                     }
                 }
             }

@@ -196,6 +196,49 @@ async fn a_dead_owners_late_write_is_repaired_by_the_next_owner() {
     assert!(second.stop().await.success());
 }
 
+/// The replica took the newest value, a late write put an older one over it, and the replica takes
+/// the newest no longer: nobody else would ever tell.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_repair_cannot_write_is_a_dead_letter() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let (first, config) = first_of_two(&stand, &table, &[]).await;
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    stand.gateways[1].inject(Fault::hold_until_delivered().on("BatchWriteItem").once());
+    put(&stand.source, &table, "a", 2).await;
+    assert!(
+        stand.gateways[1]
+            .wait_for_held(1, Duration::from_secs(10))
+            .await
+    );
+    first.kill();
+    let second = Worker::following(&config).await;
+    put(&stand.source, &table, "a", 3).await;
+    stand.converge(&table, 1).await;
+    let held = stand.gateways[1].held();
+    stand.gateways[1].deliver(held[0].call).await.unwrap();
+    let refused = Fault::code(400, "ValidationException", "Type mismatch for Index Key");
+    let refused = stand.gateways[1].inject(refused.on("BatchWriteItem").key("\"a\""));
+    until_settled(&stand).await;
+    let letters = stand.dead_letters();
+    assert_eq!(letters.len(), 1, "{letters:?}");
+    let letter = &letters[0];
+    assert_eq!(letter["keys"], serde_json::json!({ "id": { "S": "a" } }));
+    assert_eq!(letter["event"], "MODIFY");
+    assert_eq!(letter["oldImage"]["v"]["N"], "2");
+    assert_eq!(letter["newImage"]["v"]["N"], "3");
+    assert_eq!(letter["error"]["class"], "validation");
+    assert!(letter.get("sequenceNumber").is_none(), "{letter}");
+    assert_eq!(second.metric("farshore_dead_letters_total").await, 1.0);
+    refused.off();
+    let redrive = ["redrive", "--apply", "--config", config.to_str().unwrap()];
+    let output = common::binary::run(&redrive);
+    assert!(output.status.success(), "{output:?}");
+    stand.converge(&table, 1).await;
+    assert!(second.stop().await.success());
+}
+
 /// A repair that dies in the middle is finished by the next worker.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_repair_whose_process_died_is_finished_by_the_next() {

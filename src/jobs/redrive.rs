@@ -41,7 +41,7 @@ use crate::error::{Fault, Policy};
 use crate::lease::hold::Hold;
 use crate::lease::row::JobRow;
 use crate::lease::table::StateTable;
-use crate::repair::{KeepExpired, Repaired, Repairer, Unfinished};
+use crate::repair::{KeepExpired, Refused, Repaired, Repairer, Unfinished};
 use crate::run::start::Feed;
 
 /// How long one batch of letters may take before it is hidden anew.
@@ -173,7 +173,7 @@ pub struct Redrive<'a> {
     /// What was looked at. A message that shows again was judged already.
     seen: HashSet<String>,
     /// Letters that this redrive wrote because they were refused again.
-    again: HashSet<(String, Option<String>, u32)>,
+    again: HashSet<Identity>,
     /// When it began, RFC 3339.
     begun: String,
     /// Letters taken on.
@@ -565,17 +565,19 @@ impl<'a> Redrive<'a> {
         repaired: Repaired,
         open: &Mutex<Vec<Receipt>>,
     ) -> Result<(), String> {
-        let refused: HashMap<ItemKey, (Fault, u32)> = repaired
+        let refused: HashMap<ItemKey, Refused> = repaired
             .refused
             .into_iter()
-            .map(|(change, fault, attempts)| (change.key.clone(), (fault, attempts)))
+            .map(|refused| (refused.change.key.clone(), refused))
             .collect();
         let mut home = Vec::new();
         let mut again = Vec::new();
         for bringing in letters {
             match refused.get(&ItemKey::new(&bringing.keys)) {
                 None => home.push(bringing.receipt),
-                Some((fault, attempts)) => {
+                Some(Refused {
+                    fault, attempts, ..
+                }) => {
                     let why = format!("refused again: {} ({})", fault.code, fault.class.label());
                     self.report.leave(table, why, 1);
                     let letter = refused_again(bringing.letter, fault, *attempts);
@@ -620,10 +622,18 @@ impl<'a> Redrive<'a> {
     }
 }
 
-/// What tells the letter of a record from any other, the same record's earlier letters included.
-fn identity(letter: &DeadLetter) -> (String, Option<String>, u32) {
-    let sequence = letter.sequence_number.clone();
-    (letter.shard_id.clone(), sequence, letter.redriven)
+/// What tells a letter from any other, the same record's earlier letters included: a refused repair
+/// has no position in the stream.
+type Identity = (String, Option<String>, u32, String, Option<ItemKey>);
+
+fn identity(letter: &DeadLetter) -> Identity {
+    (
+        letter.shard_id.clone(),
+        letter.sequence_number.clone(),
+        letter.redriven,
+        letter.failed_at.clone(),
+        letter.item_key().as_ref().map(ItemKey::new),
+    )
 }
 
 /// The letter of a record that was refused again.

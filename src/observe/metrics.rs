@@ -183,8 +183,7 @@ pub const METRICS: &[Metric] = &[
         REPAIR_REFUSED,
         Kind::Counter,
         "table",
-        "Items that a repair found different and the replica refuses for good; the record that \
-         brings such an item is dead-lettered.",
+        "Items that a repair found different and the replica refuses for good; each is dead-lettered.",
     ),
     metric(
         LETTERS_WAITING,

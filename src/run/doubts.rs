@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
 use super::discovery::discovery;
+use super::letter::Letter;
 use super::tap::Gate;
 use crate::backoff::Backoff;
 use crate::config::{Table, TtlDeletes};
@@ -25,9 +26,10 @@ use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS, known_table_id};
 use crate::lease::rules::take_name;
 use crate::lease::table::Written;
+use crate::observe::board::Board;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
-use crate::repair::{Attempts, KeepExpired, Repairer, Unfinished};
+use crate::repair::{Attempts, KeepExpired, Refused, Repairer, Unfinished};
 use crate::stream::change::decode;
 use crate::stream::reader::{Page, Position, ShardReader};
 use crate::stream::sequence::SequenceNumber;
@@ -292,6 +294,7 @@ async fn repair_claimed(
         stop,
         keys: HashMap::new(),
         written: 0,
+        refused: Vec::new(),
         seen: 0,
     };
     repair.run().await?;
@@ -342,6 +345,8 @@ struct DoubtRepair<'a> {
     /// Keys read and not repaired yet.
     keys: HashMap<ItemKey, Item>,
     written: usize,
+    /// Refused by the replica, and not dead-lettered yet.
+    refused: Vec<Refused>,
     seen: usize,
 }
 
@@ -460,24 +465,38 @@ impl DoubtRepair<'_> {
             };
             let repaired = repairer.repair(chunk.iter().cloned()).await?;
             self.written += repaired.written;
-            // What the replica can never take came by a record at or after this range, and whoever
-            // reads that dead-letters it. A second letter would say nothing new.
-            if let Some((_, fault, _)) = repaired.refused.first() {
-                metrics::repair_refused(&context.table.name, repaired.refused.len());
-                tracing::warn!(
-                    table = context.table.name,
-                    keys = repaired.refused.len(),
-                    code = fault.code,
-                    "the replica refuses what the source holds: the record that brought it is a dead \
-                     letter, unless the replica took it before its schema changed"
-                );
-            }
+            self.refused.extend(repaired.refused);
         }
+        self.deliver_refused().await?;
         if let Some(done) = done {
             let renewed = self.claim.renew(|row| row.set_position(done)).await;
             if !renewed.map_err(Unfinished::Failed)? {
                 return Err(Unfinished::Stopped);
             }
+        }
+        Ok(())
+    }
+
+    /// What the replica refuses is dead-lettered before the range counts as clean. Its record mostly
+    /// is already; but where the replica took it, a late write undid that and the replica's schema
+    /// changed since, this letter is the only one.
+    async fn deliver_refused(&mut self) -> Result<(), Unfinished> {
+        let context = self.context;
+        let shared = &context.shared;
+        let shard = self.claim.row().shard_id;
+        for refused in std::mem::take(&mut self.refused) {
+            // One of a flood waits like a record's: the doubt stays.
+            if !shared.may_dead_letter(&context.table.name) {
+                return Err(Unfinished::Stopped);
+            }
+            metrics::repair_refused(&context.table.name, 1);
+            let letter = Letter::refused_repair(context, &shard, &refused);
+            tokio::select! {
+                () = letter.deliver(context, "repair") => {}
+                () = self.stop.cancelled() => return Err(Unfinished::Stopped),
+            }
+            metrics::dead_lettered(&context.table.name, refused.fault.class);
+            Board::add(&shared.board.totals.dead_letters, 1);
         }
         Ok(())
     }

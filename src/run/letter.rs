@@ -12,11 +12,20 @@ use crate::dynamo::value::{Item, item_from_stream};
 use crate::error::{Class, Fault};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
-use crate::stream::change::Change;
+use crate::repair::Refused;
+use crate::stream::change::{Change, Event};
 use crate::stream::sequence::SequenceNumber;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+fn reason(fault: &Fault) -> Reason {
+    Reason {
+        class: fault.class.label().to_owned(),
+        code: fault.code.clone(),
+        message: fault.message.clone(),
+    }
+}
 
 /// A dead letter on its way.
 pub struct Letter(DeadLetter);
@@ -42,11 +51,26 @@ impl Letter {
             }
         }
         letter.attempts = attempts;
-        letter.error = Reason {
-            class: fault.class.label().to_owned(),
-            code: fault.code.clone(),
-            message: fault.message.clone(),
+        letter.error = reason(fault);
+        Self(letter)
+    }
+
+    /// For an item that a repair found different and the replica refused alone. It has no record: its
+    /// images are what the replica holds and what the source held.
+    pub fn refused_repair(context: &TableContext, shard: &str, refused: &Refused) -> Self {
+        let change = &refused.change;
+        let mut letter = Self::blank(context, shard, change.created_ms);
+        let event = match (&refused.held, &change.new_image) {
+            (None, _) => Event::Insert,
+            (Some(_), Some(_)) => Event::Modify,
+            (Some(_), None) => Event::Remove,
         };
+        letter.event = Some(event.name().to_owned());
+        letter.keys = Some(item_to_json(&change.keys));
+        letter.new_image = change.new_image.as_ref().map(item_to_json);
+        letter.old_image = refused.held.as_deref().map(item_to_json);
+        letter.attempts = refused.attempts;
+        letter.error = reason(&refused.fault);
         Self(letter)
     }
 
@@ -124,7 +148,7 @@ impl Letter {
                         class = self.0.error.class,
                         code = self.0.error.code,
                         attempts = self.0.attempts,
-                        "dead letter: the replica refuses this record"
+                        "dead letter: the replica refuses this change"
                     );
                     return;
                 }

@@ -262,6 +262,7 @@ fn group_id(letter: &DeadLetter) -> String {
 fn deduplication_id(letter: &DeadLetter) -> String {
     let sequence = letter.sequence_number.as_deref().unwrap_or("none");
     let redriven = letter.redriven.to_string();
+    let key = letter.item_key().as_ref().map(ItemKey::new);
     let mut parts = vec![
         letter.group.as_str(),
         &letter.table,
@@ -273,9 +274,15 @@ fn deduplication_id(letter: &DeadLetter) -> String {
     ];
     if letter.redriven > 0 {
         parts.push(&redriven);
+    }
+    // Without a position of its own, as of a refused repair, a letter is its item's of that moment.
+    if letter.redriven > 0 || letter.sequence_number.is_none() {
         parts.push(&letter.failed_at);
     }
-    let parts: Vec<&[u8]> = parts.into_iter().map(str::as_bytes).collect();
+    let mut parts: Vec<&[u8]> = parts.into_iter().map(str::as_bytes).collect();
+    if letter.sequence_number.is_none() {
+        parts.push(key.as_ref().map_or(&[], ItemKey::as_bytes));
+    }
     let digest = digest(&parts);
     // The position is there for people; the digest holds it already.
     let position: String = sequence.chars().take(64).collect();
@@ -325,6 +332,12 @@ mod tests {
             change(&mut other);
             assert_ne!(deduplication_id(&other), id);
         }
+        // Letters of refused repairs have no position: two items are two letters.
+        letter.sequence_number = None;
+        let mut other = letter.clone();
+        assert_eq!(deduplication_id(&other), deduplication_id(&letter));
+        other.keys = Some(serde_json::json!({ "id": { "S": "other" } }));
+        assert_ne!(deduplication_id(&other), deduplication_id(&letter));
     }
 
     #[test]
