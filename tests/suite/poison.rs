@@ -153,6 +153,12 @@ pub async fn poison_among_good(
     };
     let all_there = async || waiting() >= size.poison;
     eventually("all poison is lettered", within, all_there).await;
+    // What the killed ones left in doubt is repaired, and refused once more.
+    let settled = async || {
+        let rows = state_rows(&stand.target, &stand.state_table()).await;
+        !rows.iter().any(|row| row["entityType"] == s("doubt"))
+    };
+    eventually("every doubt is settled", within, settled).await;
     if let Some(there) = lettered() {
         for (checkpoints, then) in &seen {
             for (shard, position) in there.difference(then) {
