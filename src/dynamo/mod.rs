@@ -4,6 +4,7 @@
 //! nobody but the caller retries: the SDK's own retries are off.
 
 pub mod clock;
+pub mod digest;
 #[cfg(feature = "failpoints")]
 mod failpoint;
 pub mod item;

@@ -5,4 +5,5 @@ pub mod compare;
 #[cfg(feature = "embedded")]
 pub mod local;
 pub mod provision;
+pub mod reconcile;
 pub mod redrive;

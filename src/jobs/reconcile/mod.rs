@@ -1,0 +1,3 @@
+//! Compares two tables that may be live, and repairs one.
+
+pub mod join;
