@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::binary::Worker;
-use common::stand::{SOURCE, Stand, client, put, s, state_rows};
+use common::stand::{SOURCE, Stand, client, delete, put, s, state_rows};
 use common::{eventually, long};
 use farshore::dynamo::transmit::{Bound, Left, http_client, within};
 use farshore::embedded::gateway::{Call, Fault, Options};
@@ -220,6 +220,18 @@ async fn what_a_repair_cannot_write_is_a_dead_letter() {
     stand.gateways[1].deliver(held[0].call).await.unwrap();
     let refused = Fault::code(400, "ValidationException", "Type mismatch for Index Key");
     let refused = stand.gateways[1].inject(refused.on("BatchWriteItem").key("\"a\""));
+    // As long as the letter finds no place, the doubt stays.
+    let aside = stand.letters().with_extension("aside");
+    std::fs::rename(stand.letters(), &aside).unwrap();
+    std::fs::write(stand.letters(), "in the way").unwrap();
+    let told = async || {
+        let (status, body) = second.get("/readyz").await.unwrap();
+        status == 503 && body.contains("outage-dead-letters")
+    };
+    eventually("readiness tells why", Duration::from_secs(40), told).await;
+    assert!(doubts(&stand).await > 0, "the doubt went before its letter");
+    std::fs::remove_file(stand.letters()).unwrap();
+    std::fs::rename(&aside, stand.letters()).unwrap();
     until_settled(&stand).await;
     let letters = stand.dead_letters();
     assert_eq!(letters.len(), 1, "{letters:?}");
@@ -236,6 +248,44 @@ async fn what_a_repair_cannot_write_is_a_dead_letter() {
     let output = common::binary::run(&redrive);
     assert!(output.status.success(), "{output:?}");
     stand.converge(&table, 1).await;
+    assert!(second.stop().await.success());
+}
+
+/// Beside a repair nothing is applied that its refusals could be measured by: they are no flood, and
+/// close no tap.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_repairs_are_no_flood() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let table = stand.table("orders");
+    let (first, config) = first_of_two(&stand, &table, &[]).await;
+    let ids: Vec<String> = (0..120).map(|id| format!("k{id}")).collect();
+    let held = stand.gateways[1].inject(Fault::hold_until_delivered().on("BatchWriteItem"));
+    for id in &ids {
+        put(&stand.source, &table, id, 1).await;
+    }
+    // None is answered, so that the next owner has all of them in doubt.
+    let waits = stand.gateways[1].wait_for_held(1, Duration::from_secs(10));
+    assert!(waits.await);
+    first.kill();
+    held.off();
+    let second = Worker::following(&config).await;
+    // Once this one is there all others were applied again.
+    put(&stand.source, &table, "last", 1).await;
+    stand.converge(&table, 121).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // What late writes may do, and a replica that no longer takes what it took.
+    let refused = Fault::code(400, "ValidationException", "Type mismatch for Index Key");
+    stand.gateways[1].inject(refused.on("BatchWriteItem").key("\"k"));
+    for id in &ids {
+        delete(&stand.target, &table, id).await;
+    }
+    until_settled(&stand).await;
+    assert_eq!(stand.dead_letters().len(), 120);
+    let (status, body) = second.get("/readyz").await.unwrap();
+    assert!(!body.contains("paused"), "{status} {body}");
+    put(&stand.source, &table, "after", 1).await;
+    let flows = async || stand.differences(&table).await.len() == 120;
+    eventually("it flows on", Duration::from_secs(10), flows).await;
     assert!(second.stop().await.success());
 }
 

@@ -155,6 +155,7 @@ impl Writer {
         };
         // Depth first, so that at most one half for each halving waits here.
         let mut groups: Vec<Vec<Op>> = vec![ops];
+        let mut refused_alone: Vec<(Op, Fault)> = Vec::new();
         while let Some(mut group) = groups.pop() {
             if sent.fault.is_some() {
                 sent.returned(group);
@@ -181,11 +182,7 @@ impl Writer {
                         groups.push(right);
                         groups.push(group);
                     } else if let Some(op) = group.pop() {
-                        let unanswered = &mut sent.unanswered;
-                        let (outcome, other) =
-                            self.alone(bound, stop, &op, refused, unanswered).await;
-                        sent.outcomes.push((op, outcome));
-                        sent.fault = other;
+                        refused_alone.push((op, refused));
                     }
                 }
                 Answer::Failed(other) => {
@@ -194,41 +191,64 @@ impl Writer {
                 }
             }
         }
+        self.try_alone(bound, stop, refused_alone, &mut sent).await;
         sent
     }
 
-    /// Tries a record alone until it has been refused `max_attempts` times, counting the one that
-    /// gave `fault`.
-    async fn alone(
+    /// Tries records alone until each has been refused `max_attempts` times, counting the one that
+    /// gave its fault. They wait together, so that much poison holds its neighbours up no longer than
+    /// little.
+    async fn try_alone(
         &self,
         bound: &Arc<dyn Bound>,
         stop: &CancellationToken,
-        op: &Op,
-        fault: Fault,
-        unanswered: &mut Option<SequenceNumber>,
-    ) -> (Outcome, Option<Fault>) {
-        let mut fault = fault;
-        let mut attempts = 1;
-        while attempts < self.max_attempts {
-            metrics::retried(&self.table, fault.class);
-            tokio::time::sleep(REFUSED_PAUSE).await;
-            let one = std::slice::from_ref(op);
-            match self.send(bound, stop, one, unanswered).await {
-                Answer::Stopped => return (Outcome::Returned, None),
-                Answer::Done { unprocessed } if unprocessed.is_empty() => {
-                    return (Outcome::Applied, None);
-                }
-                Answer::Done { .. } => return (Outcome::Returned, Some(unprocessed_fault())),
-                Answer::Failed(again) if again.policy() == Policy::DeadLetter => {
-                    attempts += 1;
-                    fault = again;
-                }
-                Answer::Failed(other) => return (Outcome::Returned, Some(other)),
+        mut refused: Vec<(Op, Fault)>,
+        sent: &mut Sent,
+    ) {
+        for _ in 1..self.max_attempts {
+            if refused.is_empty() || sent.fault.is_some() {
+                break;
             }
+            tokio::time::sleep(REFUSED_PAUSE).await;
+            let mut again = Vec::with_capacity(refused.len());
+            for (op, fault) in refused {
+                if sent.fault.is_some() {
+                    sent.outcomes.push((op, Outcome::Returned));
+                    continue;
+                }
+                metrics::retried(&self.table, fault.class);
+                let one = std::slice::from_ref(&op);
+                let outcome = match self.send(bound, stop, one, &mut sent.unanswered).await {
+                    Answer::Stopped => Outcome::Returned,
+                    Answer::Done { unprocessed } if unprocessed.is_empty() => Outcome::Applied,
+                    Answer::Done { .. } => {
+                        sent.fault = Some(unprocessed_fault());
+                        Outcome::Returned
+                    }
+                    Answer::Failed(fault) if fault.policy() == Policy::DeadLetter => {
+                        again.push((op, fault));
+                        continue;
+                    }
+                    Answer::Failed(other) => {
+                        sent.fault = Some(other);
+                        Outcome::Returned
+                    }
+                };
+                sent.outcomes.push((op, outcome));
+            }
+            refused = again;
         }
-        match self.check_key().await {
-            Ok(()) => (Outcome::Refused { fault, attempts }, None),
-            Err(changed) => (Outcome::Returned, Some(changed)),
+        if !refused.is_empty() && sent.fault.is_none() {
+            sent.fault = self.check_key().await.err();
+        }
+        let is_poison = sent.fault.is_none();
+        let attempts = self.max_attempts;
+        for (op, fault) in refused {
+            let outcome = match is_poison {
+                true => Outcome::Refused { fault, attempts },
+                false => Outcome::Returned,
+            };
+            sent.outcomes.push((op, outcome));
         }
     }
 

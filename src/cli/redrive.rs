@@ -225,7 +225,7 @@ async fn under_hold(
         );
     }
     // A directory hides nothing: the row speaks for the write that may still take effect.
-    if !(report.unanswered && matches!(ground.dead_letters, Store::Directory(_))) {
+    if !(report.unanswered > 0 && matches!(ground.dead_letters, Store::Directory(_))) {
         // Left behind it would only make the next redrive of a directory wait.
         let _ = hold.finish().await;
     }

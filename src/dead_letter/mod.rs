@@ -17,7 +17,7 @@ use message::{DeadLetter, Unreadable};
 use sqs::Queue;
 
 /// Letters handed out at once; what a queue gives at most.
-const TOGETHER: usize = 10;
+pub const TOGETHER: usize = 10;
 
 /// The place for dead letters that a configuration names.
 #[derive(Clone)]

@@ -13,8 +13,13 @@
 //! directory hides nothing: there the job's row in the state table says who is at it, and until
 //! when a dead one's writes may take effect.
 
+mod bound;
 mod flow;
 mod images;
+#[cfg(test)]
+mod model_tests;
+mod report;
+mod settle;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZeroU32;
@@ -23,25 +28,27 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use bound::{BatchBound, Parked};
 pub use flow::{Flow, Followed, Verdict};
 pub use images::FromImages;
+pub use report::{Options, Report, Watcher};
+use settle::{Identity, identity};
 
 use crate::apply::batch::Writer;
 use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::{Config, Table};
-use crate::dead_letter::message::{DeadLetter, Reason};
-use crate::dead_letter::{Inbox, Receipt, Store, Waiting};
+use crate::dead_letter::message::DeadLetter;
+use crate::dead_letter::{Inbox, Receipt, Store, TOGETHER, Waiting};
 use crate::dynamo::RegionClients;
 use crate::dynamo::clock::{host_ms, rfc3339, uptime};
 use crate::dynamo::item::ItemKey;
-use crate::dynamo::transmit::Bound;
 use crate::dynamo::value::Item;
 use crate::error::{Fault, Policy};
 use crate::lease::hold::Hold;
 use crate::lease::row::JobRow;
 use crate::lease::table::StateTable;
-use crate::repair::{KeepExpired, Refused, Repaired, Repairer, Unfinished};
+use crate::repair::{KeepExpired, Repaired, Repairer, Unfinished};
 use crate::run::start::Feed;
 
 /// How long one batch of letters may take before it is hidden anew.
@@ -59,67 +66,6 @@ const HELD_PAUSE: Duration = Duration::from_secs(2);
 const ATTEMPTS_MAX: usize = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// What to bring home.
-#[derive(Debug, Clone, Default)]
-pub struct Options {
-    /// Only letters of this table.
-    pub table: Option<String>,
-    /// At most so many letters.
-    pub limit: Option<u64>,
-    /// At most so many letters a second.
-    pub rate: Option<NonZeroU32>,
-}
-
-/// What was done.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Report {
-    /// Letters brought home and deleted, by table.
-    pub home: BTreeMap<String, u64>,
-    /// Letters that stay, by table and reason. The table is empty where the letter does not tell.
-    pub left: BTreeMap<(String, String), u64>,
-    /// Why it ended before all letters had been looked at, if it did.
-    pub ended: Option<String>,
-    /// Whether a write was not answered: its letters show again once it is dead.
-    pub unanswered: bool,
-}
-
-impl Report {
-    /// Letters that stay.
-    pub fn left_count(&self) -> u64 {
-        self.left.values().sum()
-    }
-
-    /// Letters brought home.
-    pub fn home_count(&self) -> u64 {
-        self.home.values().sum()
-    }
-
-    fn leave(&mut self, table: &str, why: impl Into<String>, letters: u64) {
-        *self.left.entry((table.to_owned(), why.into())).or_default() += letters;
-    }
-}
-
-/// The right to write for a batch of letters: the job's, and no longer than the queue hides them.
-struct BatchBound {
-    hold: Arc<Hold<JobRow>>,
-    /// As this machine's uptime; `None` where nothing is hidden.
-    until: Mutex<Option<Duration>>,
-}
-
-impl BatchBound {
-    fn move_to(&self, until: Duration) {
-        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
-    }
-}
-
-impl Bound for BatchBound {
-    fn remaining(&self) -> Duration {
-        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
-        let hold = self.hold.remaining();
-        until.map_or(hold, |until| hold.min(until.saturating_sub(uptime())))
-    }
-}
 
 /// Where a redrive works: the region fed, and the flow into it.
 #[derive(Clone, Copy)]
@@ -149,12 +95,6 @@ impl<'a> Ground<'a> {
     }
 }
 
-/// Who watches a redrive.
-pub trait Watcher {
-    /// So many letters are home, and so many stay.
-    fn progressed(&mut self, home: u64, left: u64);
-}
-
 /// A redrive at work.
 pub struct Redrive<'a> {
     config: &'a Config,
@@ -169,7 +109,7 @@ pub struct Redrive<'a> {
     stop: &'a CancellationToken,
     report: Report,
     /// Received and not brought home: given back at the end, so that they are not received again.
-    parked: HashMap<String, Receipt>,
+    parked: HashMap<String, Parked>,
     /// What was looked at. A message that shows again was judged already.
     seen: HashSet<String>,
     /// Letters that this redrive wrote because they were refused again.
@@ -238,6 +178,11 @@ impl<'a> Redrive<'a> {
         }
     }
 
+    /// Whether letters in hand are hidden from others.
+    fn hides(&self) -> bool {
+        matches!(self.feed.dead_letters, Store::Queue(_))
+    }
+
     /// For how long letters are hidden: while they are worked at, and until no write for them can
     /// take effect any more.
     fn hidden(&self) -> Duration {
@@ -253,9 +198,13 @@ impl<'a> Redrive<'a> {
         if self.report.ended.is_none() {
             self.count_held_by_others().await;
         }
-        let parked: Vec<Receipt> = std::mem::take(&mut self.parked).into_values().collect();
-        // If it fails they show again by themselves, later.
-        let _ = self.inbox.give_back(&parked, Duration::ZERO).await;
+        let parked: Vec<Parked> = std::mem::take(&mut self.parked).into_values().collect();
+        for parked in parked.chunks(TOGETHER) {
+            let ours = parked.iter().filter(|parked| parked.is_ours());
+            let ours: Vec<Receipt> = ours.map(|parked| parked.receipt.clone()).collect();
+            // If it fails they show again by themselves, later.
+            let _ = self.inbox.give_back(&ours, Duration::ZERO).await;
+        }
         self.report
     }
 
@@ -264,13 +213,19 @@ impl<'a> Redrive<'a> {
         let Store::Queue(queue) = &self.feed.dead_letters else {
             return;
         };
+        let ours = self.parked.len() as u64 + self.report.unanswered;
         let mut others = 0;
         // SQS counts what was deleted for a while.
         for _ in 0..HELD_LOOKS {
-            let Ok(Some(said)) = queue.attributes().await else {
-                return;
-            };
-            others = said.in_flight.saturating_sub(self.parked.len() as u64);
+            match queue.attributes().await {
+                Ok(Some(said)) => others = said.in_flight.saturating_sub(ours),
+                Ok(None) => return,
+                Err(fault) => {
+                    let asked = "whether others hold letters could not be asked";
+                    self.report.ended = Some(format!("{asked}: {}", told(&fault)));
+                    return;
+                }
+            }
             if others == 0 {
                 return;
             }
@@ -306,12 +261,13 @@ impl<'a> Redrive<'a> {
                 Err(fault) => return Err(told(&fault)),
             };
             failures = 0;
+            let bound = BatchBound::new(&self.hold, self.hides().then_some(received + WORK));
             // Letters that were looked at show again while many others are brought home.
             let news = batch.iter().any(|waiting| !self.seen.contains(&waiting.id));
             if !news {
-                let again = batch.into_iter();
-                self.parked
-                    .extend(again.map(|known| (known.id, known.receipt)));
+                for known in batch {
+                    self.park(known.id, known.receipt, &bound);
+                }
                 empty += 1;
                 if empty >= EMPTY_MAX {
                     return Ok(());
@@ -319,7 +275,7 @@ impl<'a> Redrive<'a> {
                 continue;
             }
             empty = 0;
-            self.bring_batch(batch, received).await?;
+            self.bring_batch(batch, &bound).await?;
             if self.beyond > 0 {
                 return Err(format!(
                     "--limit is reached, and there are {} more at least",
@@ -331,7 +287,11 @@ impl<'a> Redrive<'a> {
     }
 
     /// Sorts a batch and brings home what is ours, table by table.
-    async fn bring_batch(&mut self, batch: Vec<Waiting>, received: Duration) -> Result<(), String> {
+    async fn bring_batch(
+        &mut self,
+        batch: Vec<Waiting>,
+        bound: &Arc<BatchBound>,
+    ) -> Result<(), String> {
         let mut tables: BTreeMap<String, Vec<Bringing>> = BTreeMap::new();
         let receipts = Mutex::new(Vec::new());
         for waiting in batch {
@@ -339,7 +299,7 @@ impl<'a> Redrive<'a> {
             let room = self.options.limit.is_none_or(|limit| self.taken < limit);
             // Received all the same, so that it is known whether any is left.
             self.beyond += u64::from(is_new && !room);
-            match self.sort(waiting, is_new && room) {
+            match self.sort(waiting, is_new && room, bound) {
                 Some(bringing) => {
                     self.taken += 1;
                     lock(&receipts).push(bringing.receipt.clone());
@@ -349,22 +309,13 @@ impl<'a> Redrive<'a> {
                 None => continue,
             }
         }
-        let bound = Arc::new(BatchBound {
-            hold: Arc::clone(&self.hold),
-            until: Mutex::new(None),
-        });
-        let is_hidden = lock(&receipts)
-            .iter()
-            .any(|r| matches!(r, Receipt::Message(_)));
-        if is_hidden {
-            bound.move_to(received + WORK);
-        }
         let done = CancellationToken::new();
         let hiding = self.feed.dead_letters.inbox();
         let hidden = self.hidden();
+        let hides = self.hides();
         // A small write budget may make a batch take longer than it is hidden.
         let keep_hidden = async {
-            if !is_hidden {
+            if !hides {
                 return;
             }
             loop {
@@ -373,6 +324,10 @@ impl<'a> Redrive<'a> {
                     () = tokio::time::sleep(WORK / 3) => {}
                 }
                 let sent = uptime();
+                // Past it they may be in somebody else's hands.
+                if bound.until().is_some_and(|until| until <= sent) {
+                    return;
+                }
                 // Those that are settled are no longer there to be hidden.
                 let open = lock(&receipts).clone();
                 if hiding.give_back(&open, hidden).await.is_ok() {
@@ -383,11 +338,10 @@ impl<'a> Redrive<'a> {
         let bring = async {
             let mut ended = Ok(());
             for (table, letters) in tables {
-                let shared: Arc<dyn Bound> = Arc::clone(&bound) as _;
                 match ended {
-                    Ok(()) => ended = self.bring_table(&table, letters, &shared, &receipts).await,
+                    Ok(()) => ended = self.bring_table(&table, letters, bound, &receipts).await,
                     // Nothing was begun for these.
-                    Err(_) => self.park(letters),
+                    Err(_) => self.park_all(letters, bound),
                 }
             }
             done.cancel();
@@ -397,16 +351,16 @@ impl<'a> Redrive<'a> {
     }
 
     /// A letter to bring home; what is not is noted and parked.
-    fn sort(&mut self, waiting: Waiting, is_wanted: bool) -> Option<Bringing> {
+    fn sort(&mut self, waiting: Waiting, is_wanted: bool, bound: &BatchBound) -> Option<Bringing> {
         if !is_wanted {
-            self.parked.insert(waiting.id, waiting.receipt);
+            self.park(waiting.id, waiting.receipt, bound);
             return None;
         }
         let letter = match waiting.letter {
             Ok(letter) => letter,
             Err(unreadable) => {
                 self.report.leave("", unreadable.to_string(), 1);
-                self.parked.insert(waiting.id, waiting.receipt);
+                self.park(waiting.id, waiting.receipt, bound);
                 return None;
             }
         };
@@ -417,7 +371,7 @@ impl<'a> Redrive<'a> {
                 let why = "refused again a moment ago, by another redrive";
                 self.report.leave(&letter.table, why, 1);
             }
-            self.parked.insert(waiting.id, waiting.receipt);
+            self.park(waiting.id, waiting.receipt, bound);
             return None;
         }
         let flow = Flow {
@@ -441,15 +395,32 @@ impl<'a> Redrive<'a> {
             (Verdict::Stays(why), _) => self.report.leave(&letter.table, why, 1),
             (Verdict::Other | Verdict::Bring, _) => {}
         }
-        self.parked.insert(waiting.id, waiting.receipt);
+        self.park(waiting.id, waiting.receipt, bound);
         None
     }
 
-    fn park(&mut self, letters: Vec<Bringing>) {
-        let receipts = letters
-            .into_iter()
-            .map(|letter| (letter.id, letter.receipt));
-        self.parked.extend(receipts);
+    fn not_begun(&mut self, table: &str, letters: u64) {
+        if letters > 0 {
+            let why = "the redrive ended before it";
+            self.report.leave(table, why, letters);
+        }
+    }
+
+    fn park(&mut self, id: String, receipt: Receipt, bound: &BatchBound) {
+        // Letters are hidden for a late effect longer than they may be worked at.
+        let late_effect = self.config.leases.late_effect;
+        let ours_until = bound.until().map(|until| until + late_effect);
+        let parked = Parked {
+            receipt,
+            ours_until,
+        };
+        self.parked.insert(id, parked);
+    }
+
+    fn park_all(&mut self, letters: Vec<Bringing>, bound: &BatchBound) {
+        for letter in letters {
+            self.park(letter.id, letter.receipt, bound);
+        }
     }
 
     /// Brings letters of one table home. An error ends the redrive.
@@ -457,13 +428,13 @@ impl<'a> Redrive<'a> {
         &mut self,
         table: &str,
         letters: Vec<Bringing>,
-        bound: &Arc<dyn Bound>,
+        bound: &Arc<BatchBound>,
         open: &Mutex<Vec<Receipt>>,
     ) -> Result<(), String> {
         let paced = u32::try_from(letters.len()).unwrap_or(u32::MAX);
         self.pace.spend(paced).await;
         match self.repair(table, &letters, bound).await {
-            Ok(repaired) => self.settle(table, letters, repaired, open).await,
+            Ok(repaired) => self.settle(table, letters, repaired, bound, open).await,
             // One hot key must not keep its neighbours.
             Err(Unfinished::Unsettled) if letters.len() > 1 => {
                 let mut ended = Ok(());
@@ -473,12 +444,12 @@ impl<'a> Redrive<'a> {
                         Ok(()) => {
                             ended = Box::pin(self.bring_table(table, one, bound, open)).await;
                         }
-                        Err(_) => self.park(one),
+                        Err(_) => self.park_all(one, bound),
                     }
                 }
                 ended
             }
-            Err(unfinished) => self.leave(table, letters, unfinished),
+            Err(unfinished) => self.leave(table, letters, unfinished, bound),
         }
     }
 
@@ -487,18 +458,19 @@ impl<'a> Redrive<'a> {
         table: &str,
         letters: Vec<Bringing>,
         unfinished: Unfinished,
+        bound: &BatchBound,
     ) -> Result<(), String> {
         let count = letters.len() as u64;
         match unfinished {
             Unfinished::Unsettled => {
                 let why = "its item changes all the time: try again later";
                 self.report.leave(table, why, count);
-                self.park(letters);
+                self.park_all(letters, bound);
                 Ok(())
             }
             // Hidden until that write is dead: who gets them next must not be overtaken by it.
             Unfinished::Unanswered(fault) => {
-                self.report.unanswered = true;
+                self.report.unanswered += count;
                 let why = format!("a write was not answered ({})", fault.code);
                 self.report.leave(table, why, count);
                 match letters
@@ -511,15 +483,13 @@ impl<'a> Redrive<'a> {
                 }
             }
             Unfinished::Failed(fault) => {
-                self.report
-                    .leave(table, "the redrive ended before it", count);
-                self.park(letters);
+                self.not_begun(table, count);
+                self.park_all(letters, bound);
                 Err(told(&fault))
             }
             Unfinished::Stopped => {
-                self.report
-                    .leave(table, "the redrive ended before it", count);
-                self.park(letters);
+                self.not_begun(table, count);
+                self.park_all(letters, bound);
                 match self.stop.is_cancelled() {
                     true => Err("it was asked to stop".to_owned()),
                     false => Err("its time ran out before the letters were home".to_owned()),
@@ -532,7 +502,7 @@ impl<'a> Redrive<'a> {
         &self,
         table: &str,
         letters: &[Bringing],
-        bound: &Arc<dyn Bound>,
+        bound: &Arc<BatchBound>,
     ) -> Result<Repaired, Unfinished> {
         let known = self.config.tables.iter().find(|known| known.name == table);
         let (Some(known), Some(writer)) = (known, self.writers.get(table)) else {
@@ -545,7 +515,7 @@ impl<'a> Redrive<'a> {
             source: (&source.tables, known.name_in(&source.label)),
             replica: (&target.tables, known.name_in(&target.label)),
             writer,
-            bound: Arc::clone(bound),
+            bound: Arc::clone(bound) as _,
             stop: self.stop,
             keep_expired: self.keep_expired.get(table).cloned(),
         };
@@ -556,97 +526,6 @@ impl<'a> Redrive<'a> {
             .collect();
         repairer.repair(keys.into_values()).await
     }
-
-    /// The keys are verified: deletes the letters, and writes new ones for what was refused again.
-    async fn settle(
-        &mut self,
-        table: &str,
-        letters: Vec<Bringing>,
-        repaired: Repaired,
-        open: &Mutex<Vec<Receipt>>,
-    ) -> Result<(), String> {
-        let refused: HashMap<ItemKey, Refused> = repaired
-            .refused
-            .into_iter()
-            .map(|refused| (refused.change.key.clone(), refused))
-            .collect();
-        let mut home = Vec::new();
-        let mut again = Vec::new();
-        for bringing in letters {
-            match refused.get(&ItemKey::new(&bringing.keys)) {
-                None => home.push(bringing.receipt),
-                Some(Refused {
-                    fault, attempts, ..
-                }) => {
-                    let why = format!("refused again: {} ({})", fault.code, fault.class.label());
-                    self.report.leave(table, why, 1);
-                    let letter = refused_again(bringing.letter, fault, *attempts);
-                    // The new one before the old one goes: between the two there are both.
-                    self.patiently(async |redrive: &Self| {
-                        redrive.feed.dead_letters.deliver(&letter).await
-                    })
-                    .await?;
-                    self.again.insert(identity(&letter));
-                    again.push(bringing.receipt);
-                }
-            }
-        }
-        let count = home.len() as u64;
-        home.extend(again);
-        lock(open).retain(|receipt| !home.contains(receipt));
-        self.patiently(async |redrive: &Self| redrive.inbox.delete(&home).await)
-            .await?;
-        if count > 0 {
-            *self.report.home.entry(table.to_owned()).or_default() += count;
-        }
-        Ok(())
-    }
-
-    /// Asks the place a few times while it fails in a way that passes by itself.
-    async fn patiently(
-        &self,
-        call: impl AsyncFn(&Self) -> Result<(), Fault>,
-    ) -> Result<(), String> {
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let mut attempts = 1;
-        loop {
-            match call(self).await {
-                Ok(()) => return Ok(()),
-                Err(fault) if fault.policy() == Policy::Retry && attempts < ATTEMPTS_MAX => {
-                    attempts += 1;
-                    tokio::time::sleep(backoff.pause()).await;
-                }
-                Err(fault) => return Err(told(&fault)),
-            }
-        }
-    }
-}
-
-/// What tells a letter from any other, the same record's earlier letters included: a refused repair
-/// has no position in the stream.
-type Identity = (String, Option<String>, u32, String, Option<ItemKey>);
-
-fn identity(letter: &DeadLetter) -> Identity {
-    (
-        letter.shard_id.clone(),
-        letter.sequence_number.clone(),
-        letter.redriven,
-        letter.failed_at.clone(),
-        letter.item_key().as_ref().map(ItemKey::new),
-    )
-}
-
-/// The letter of a record that was refused again.
-fn refused_again(mut letter: DeadLetter, fault: &Fault, attempts: u32) -> DeadLetter {
-    letter.error = Reason {
-        class: fault.class.label().to_owned(),
-        code: fault.code.clone(),
-        message: fault.message.clone(),
-    };
-    letter.attempts = attempts;
-    letter.failed_at = rfc3339(host_ms());
-    letter.redriven += 1;
-    letter
 }
 
 fn lock(receipts: &Mutex<Vec<Receipt>>) -> MutexGuard<'_, Vec<Receipt>> {

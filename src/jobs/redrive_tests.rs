@@ -2,9 +2,11 @@
 
 use serde_json::json;
 
+use super::settle::refused_again;
 use super::*;
-use crate::dead_letter::message::{Place, VERSION};
+use crate::dead_letter::message::{Place, Reason, VERSION};
 use crate::dynamo::table::KeyPart;
+use crate::error::Fault;
 
 pub(super) fn letter() -> DeadLetter {
     let place = |region: &str| Place {

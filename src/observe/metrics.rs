@@ -128,7 +128,7 @@ pub const METRICS: &[Metric] = &[
         DEAD_LETTERED,
         Kind::Counter,
         "table, class",
-        "Records sent to the dead letters because the replica can never take them.",
+        "Records and repairs sent to the dead letters because the replica can never take them.",
     ),
     metric(
         THROTTLED,
@@ -171,7 +171,8 @@ pub const METRICS: &[Metric] = &[
         REPAIRED,
         Kind::Counter,
         "table",
-        "Doubts settled: every key of their range was found or made as in the source.",
+        "Doubts settled: every key of their range was found or made as in the source, or \
+         dead-lettered.",
     ),
     metric(
         REPAIR_WRITES,
@@ -183,7 +184,7 @@ pub const METRICS: &[Metric] = &[
         REPAIR_REFUSED,
         Kind::Counter,
         "table",
-        "Items that a repair found different and the replica refuses for good; each is dead-lettered.",
+        "Items that a repair found different and the replica refuses for good: letters delivered for them.",
     ),
     metric(
         LETTERS_WAITING,
@@ -400,7 +401,7 @@ pub fn halted(table: &str) {
     counter!(HALTED, "table" => table.to_owned()).increment(1);
 }
 
-/// A repair found `keys` items that the replica refuses for good.
+/// Letters of `keys` items were delivered that a repair found different and the replica refuses.
 pub fn repair_refused(table: &str, keys: usize) {
     counter!(REPAIR_REFUSED, "table" => table.to_owned()).increment(keys as u64);
 }

@@ -29,7 +29,7 @@ use crate::lease::table::Written;
 use crate::observe::board::Board;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
-use crate::repair::{Attempts, KeepExpired, Refused, Repairer, Unfinished};
+use crate::repair::{Attempts, KeepExpired, Refused, Repaired, Repairer, Unfinished};
 use crate::stream::change::decode;
 use crate::stream::reader::{Page, Position, ShardReader};
 use crate::stream::sequence::SequenceNumber;
@@ -46,6 +46,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const REPAIRS_AT_ONCE: usize = 8;
 /// Keys that wait to be repaired at once; more are repaired in turns.
 const KEYS_MAX: usize = 1_000;
+/// Refused items held at once until their letters are written.
+const REFUSED_BYTES_MAX: usize = 8 << 20;
 
 /// What one shard has in doubt, and the row last stored for it.
 #[derive(Default)]
@@ -178,6 +180,8 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
         due.truncate(REPAIRS_AT_ONCE);
         if !gate.is_open() {
             due.clear();
+            // Nothing is tried, and nothing can be told, until it opens.
+            shared.health.forget(&table.name, "repair");
         }
         let flow = gate.flow();
         let repairs = due
@@ -241,6 +245,7 @@ fn report(shared: &Shared, table: &str, unfinished: &Unfinished) {
     let scope = match fault.operation {
         Operation::State => Scope::State,
         Operation::Write | Operation::ReadReplica => Scope::Replica,
+        Operation::Queue => Scope::DeadLetters,
         _ => Scope::Source,
     };
     shared.health.failed(scope, table, "repair", fault);
@@ -295,6 +300,7 @@ async fn repair_claimed(
         keys: HashMap::new(),
         written: 0,
         refused: Vec::new(),
+        lettered: 0,
         seen: 0,
     };
     repair.run().await?;
@@ -309,7 +315,8 @@ async fn repair_claimed(
             cause = row.cause.label(),
             keys = repair.seen,
             written = repair.written,
-            "a doubt is settled: its keys are as in the source"
+            lettered = repair.lettered,
+            "a doubt is settled: its keys are as in the source, or dead letters"
         );
     }
     Ok(())
@@ -347,6 +354,8 @@ struct DoubtRepair<'a> {
     written: usize,
     /// Refused by the replica, and not dead-lettered yet.
     refused: Vec<Refused>,
+    /// Refused by the replica and dead-lettered.
+    lettered: usize,
     seen: usize,
 }
 
@@ -448,6 +457,7 @@ impl DoubtRepair<'_> {
         let shared = &context.shared;
         let keys: Vec<Item> = self.keys.drain().map(|(_, keys)| keys).collect();
         self.seen += keys.len();
+        let mut unsettled = false;
         for chunk in keys.chunks(crate::apply::batch::BATCH_OPS_MAX) {
             let repairer = Repairer {
                 source: (
@@ -463,9 +473,25 @@ impl DoubtRepair<'_> {
                 stop: self.stop,
                 keep_expired: self.keep_expired.clone(),
             };
-            let repaired = repairer.repair(chunk.iter().cloned()).await?;
-            self.written += repaired.written;
-            self.refused.extend(repaired.refused);
+            match repairer.repair(chunk.iter().cloned()).await {
+                Ok(repaired) => self.settle(repaired).await?,
+                // One hot key must not keep its neighbours, or their letters.
+                Err(Unfinished::Unsettled) if chunk.len() > 1 => {
+                    for key in chunk {
+                        match repairer.repair([key.clone()]).await {
+                            Ok(repaired) => self.settle(repaired).await?,
+                            Err(Unfinished::Unsettled) => unsettled = true,
+                            Err(other) => return Err(other),
+                        }
+                    }
+                }
+                Err(other) => return Err(other),
+            }
+        }
+        // Letters come last, so that a repair that is made again and again, as for a hot key, does not
+        // make them again and again. Until then the doubt stands and shows.
+        if unsettled {
+            return Err(Unfinished::Unsettled);
         }
         self.deliver_refused().await?;
         if let Some(done) = done {
@@ -477,26 +503,39 @@ impl DoubtRepair<'_> {
         Ok(())
     }
 
-    /// What the replica refuses is dead-lettered before the range counts as clean. Its record mostly
+    /// Notes what a repair did.
+    async fn settle(&mut self, repaired: Repaired) -> Result<(), Unfinished> {
+        self.written += repaired.written;
+        self.refused.extend(repaired.refused);
+        let bytes = self.refused.iter().map(|refused| refused.change.bytes);
+        if bytes.sum::<usize>() > REFUSED_BYTES_MAX {
+            return self.deliver_refused().await;
+        }
+        Ok(())
+    }
+
+    /// What the replica refuses is dead-lettered before its range counts as clean: its record mostly
     /// is already; but where the replica took it, a late write undid that and the replica's schema
     /// changed since, this letter is the only one.
+    ///
+    /// Refusals of repairs are no flood: beside them no record is applied that they could be measured
+    /// by, and there are no more of them than keys in doubt.
     async fn deliver_refused(&mut self) -> Result<(), Unfinished> {
         let context = self.context;
-        let shared = &context.shared;
+        let table = &context.table.name;
         let shard = self.claim.row().shard_id;
         for refused in std::mem::take(&mut self.refused) {
-            // One of a flood waits like a record's: the doubt stays.
-            if !shared.may_dead_letter(&context.table.name) {
-                return Err(Unfinished::Stopped);
-            }
-            metrics::repair_refused(&context.table.name, 1);
             let letter = Letter::refused_repair(context, &shard, &refused);
             tokio::select! {
-                () = letter.deliver(context, "repair") => {}
+                delivered = letter.deliver_within(context, "repair", Attempts::default()) => {
+                    delivered.map_err(Unfinished::Failed)?;
+                }
                 () = self.stop.cancelled() => return Err(Unfinished::Stopped),
             }
-            metrics::dead_lettered(&context.table.name, refused.fault.class);
-            Board::add(&shared.board.totals.dead_letters, 1);
+            self.lettered += 1;
+            metrics::repair_refused(table, 1);
+            metrics::dead_lettered(table, refused.fault.class);
+            Board::add(&context.shared.board.totals.dead_letters, 1);
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use crate::dynamo::value::{Item, item_from_stream};
 use crate::error::{Class, Fault};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
-use crate::repair::Refused;
+use crate::repair::{Attempts, Refused};
 use crate::stream::change::{Change, Event};
 use crate::stream::sequence::SequenceNumber;
 
@@ -130,34 +130,56 @@ impl Letter {
 
     /// Delivers it, waiting out whatever is in the way. `part` names the shard in health.
     pub async fn deliver(&self, context: &TableContext, part: &str) {
-        let health = &context.shared.health;
-        let table = &context.table.name;
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        while self.try_deliver(context, part).await.is_err() {
+            tokio::time::sleep(backoff.pause()).await;
+        }
+    }
+
+    /// Delivers it in as many attempts as a repair makes of each call.
+    ///
+    /// # Errors
+    /// The last fault.
+    pub async fn deliver_within(
+        &self,
+        context: &TableContext,
+        part: &str,
+        mut attempts: Attempts,
+    ) -> Result<(), Fault> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
-            // The semaphore is never closed; without a permit the letter would go all the same.
-            let permit = context.shared.letters.acquire().await;
-            let delivered = context.shared.dead_letters.deliver(&self.0).await;
-            drop(permit);
-            match delivered {
-                Ok(()) => {
-                    health.succeeded(Scope::DeadLetters, table, part);
-                    tracing::warn!(
-                        table,
-                        shard = part,
-                        sequence = self.0.sequence_number,
-                        class = self.0.error.class,
-                        code = self.0.error.code,
-                        attempts = self.0.attempts,
-                        "dead letter: the replica refuses this change"
-                    );
-                    return;
-                }
-                Err(fault) => {
-                    metrics::retried(table, fault.class);
-                    health.failed(Scope::DeadLetters, table, part, &fault);
-                    tokio::time::sleep(backoff.pause()).await;
-                }
+            match self.try_deliver(context, part).await {
+                Err(_) if attempts.again() => tokio::time::sleep(backoff.pause()).await,
+                done => return done,
             }
         }
+    }
+
+    async fn try_deliver(&self, context: &TableContext, part: &str) -> Result<(), Fault> {
+        let health = &context.shared.health;
+        let table = &context.table.name;
+        // The semaphore is never closed; without a permit the letter would go all the same.
+        let permit = context.shared.letters.acquire().await;
+        let delivered = context.shared.dead_letters.deliver(&self.0).await;
+        drop(permit);
+        match &delivered {
+            Ok(()) => {
+                health.succeeded(Scope::DeadLetters, table, part);
+                tracing::warn!(
+                    table,
+                    shard = self.0.shard_id,
+                    sequence = self.0.sequence_number,
+                    class = self.0.error.class,
+                    code = self.0.error.code,
+                    attempts = self.0.attempts,
+                    "dead letter: the replica refuses this change"
+                );
+            }
+            Err(fault) => {
+                metrics::retried(table, fault.class);
+                health.failed(Scope::DeadLetters, table, part, fault);
+            }
+        }
+        delivered
     }
 }

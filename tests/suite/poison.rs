@@ -151,7 +151,11 @@ pub async fn poison_among_good(
         let listed: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
         listed["waiting"].as_u64().unwrap() as usize
     };
-    let all_there = async || waiting() >= size.poison;
+    // Where it can be seen, each record once: repairs and replays make second letters.
+    let all_there = async || match lettered() {
+        Some(there) => there.len() >= size.poison,
+        None => waiting() >= size.poison,
+    };
     eventually("all poison is lettered", within, all_there).await;
     // What the killed ones left in doubt is repaired, and refused once more.
     let settled = async || {

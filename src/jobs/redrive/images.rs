@@ -23,7 +23,8 @@ use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::dead_letter::message::DeadLetter;
-use crate::dead_letter::{Inbox, Receipt, Waiting};
+use crate::dead_letter::{Inbox, Receipt, Store, Waiting};
+use crate::dynamo::clock::uptime;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::json::item_from_json;
 use crate::dynamo::transmit::Bound;
@@ -34,9 +35,11 @@ use crate::lease::hold::Hold;
 use crate::lease::row::JobRow;
 use crate::stream::stream_label;
 
-/// For how long letters are hidden. A write is made on condition of what it replaces, so one that is
-/// late, or made twice by two redrives, does no harm.
+/// For how long letters are hidden. A write is made on condition of what it replaces.
 const HIDDEN: Duration = Duration::from_secs(15 * 60);
+/// Letters are left alone this long before they show again: longer than the three calls that bring
+/// one home may take.
+const MARGIN: Duration = Duration::from_secs(60);
 /// Letters held at once: all that there are must be, or their order is not known.
 const LETTERS_MAX: usize = 5_000;
 /// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
@@ -46,6 +49,8 @@ const NOT_FITTING: &str =
     "the replica holds neither what its record replaced nor what it wrote: compare by hand";
 const AFTER_OTHERS: &str = "an earlier letter of its item stays";
 const NOT_BEGUN: &str = "the redrive ended before it";
+const NO_PLACE: &str =
+    "it comes from a repair, and has no place among the records of its item: compare by hand";
 const NO_IMAGES: &str = "the images that it would take are not in it";
 
 /// What a record did to an item; `None` is no item.
@@ -135,18 +140,19 @@ impl FromImages<'_> {
     /// Applies what fits until nothing does any more, or `stop`.
     pub async fn run(&self, watcher: &mut dyn Watcher) -> Report {
         let mut report = Report::default();
+        let begun = uptime();
         let mut inbox = self.ground.dead_letters.inbox();
         let mut back = Vec::new();
         let mut chains = Chains::new();
         let mut ended = self
-            .receive_all(&mut inbox, &mut report, &mut back, &mut chains)
+            .receive_all(begun, &mut inbox, &mut report, &mut back, &mut chains)
             .await;
         let pace = Budget::new(self.options.rate.map(std::num::NonZeroU32::get));
         for ((table, _), mut chain) in chains {
             let mut why = NOT_BEGUN;
             while ended.is_ok() && !chain.is_empty() {
                 pace.spend(1).await;
-                match self.bring(&mut chain, &inbox, &mut report).await {
+                match self.bring(&mut chain, &inbox, begun, &mut report).await {
                     Ok(true) => {}
                     Ok(false) => break,
                     Err(error) => ended = Err(error),
@@ -164,14 +170,22 @@ impl FromImages<'_> {
             back.extend(chain.into_iter().map(|letter| letter.receipt));
         }
         report.ended = ended.err();
-        // If it fails they show again by themselves, later.
-        let _ = inbox.give_back(&back, Duration::ZERO).await;
+        // Later they may have shown again, and be in somebody else's hands. If it fails they show again
+        // by themselves.
+        if uptime() < begun + HIDDEN - MARGIN {
+            let _ = inbox.give_back(&back, Duration::ZERO).await;
+        }
         report
+    }
+
+    fn hides(&self) -> bool {
+        matches!(self.ground.dead_letters, Store::Queue(_))
     }
 
     /// Receives everything there is: only then the order of an item's letters is known.
     async fn receive_all(
         &self,
+        begun: Duration,
         inbox: &mut Inbox,
         report: &mut Report,
         back: &mut Vec<Receipt>,
@@ -189,7 +203,7 @@ impl FromImages<'_> {
         let (mut empty, mut failures, mut taken) = (0, 0, 0);
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         while empty < EMPTY_MAX {
-            self.go_on()?;
+            self.go_on(begun)?;
             let batch = match inbox.next(HIDDEN).await {
                 Ok(batch) => batch,
                 Err(fault) if fault.policy() == Policy::Retry && failures < ATTEMPTS_MAX => {
@@ -226,8 +240,13 @@ impl FromImages<'_> {
         Ok(())
     }
 
-    fn go_on(&self) -> Result<(), String> {
-        if self.stop.is_cancelled() {
+    /// Whether another letter may be taken up; letters are hidden since `begun`.
+    fn go_on(&self, begun: Duration) -> Result<(), String> {
+        if self.hides() && uptime() >= begun + HIDDEN - MARGIN {
+            // Received by somebody else and applied once more, a change that another one undid would
+            // come back.
+            Err("it took longer than letters can be held: ask again".to_owned())
+        } else if self.stop.is_cancelled() {
             Err("it was asked to stop".to_owned())
         } else if self.hold.remaining().is_zero() {
             Err(LOST.to_owned())
@@ -241,9 +260,10 @@ impl FromImages<'_> {
         &self,
         chain: &mut VecDeque<Letter>,
         inbox: &Inbox,
+        begun: Duration,
         report: &mut Report,
     ) -> Result<bool, String> {
-        self.go_on()?;
+        self.go_on(begun)?;
         let Some(first) = chain.front() else {
             return Ok(false);
         };
@@ -285,7 +305,7 @@ impl FromImages<'_> {
                 Ok(false)
             }
             Err(fault) => {
-                report.unanswered |= effect_unknown(fault.class);
+                report.unanswered += u64::from(effect_unknown(fault.class));
                 Err(told(&fault))
             }
         }
@@ -395,6 +415,7 @@ fn judged(
         }
     };
     let why = match (flow.judge(&letter), letter.item_key(), Images::of(&letter)) {
+        (Verdict::Bring, ..) if letter.sequence_number.is_none() => Some(NO_PLACE.to_owned()),
         (Verdict::Bring, Some(keys), Some(images)) => {
             // Numbers of one item grow over its lineage, and get wider.
             let sequence = letter.sequence_number.unwrap_or_default();
@@ -484,6 +505,41 @@ mod tests {
         let chain = [images(Some("1"), Some("2")), images(Some("2"), Some("3"))];
         assert_eq!(fit(&chain, Some(&item("3"))), Fit::Home(2));
         assert_eq!(fit(&chain, Some(&item("4"))), Fit::No);
+    }
+
+    #[test]
+    fn a_letter_of_a_repair_has_no_place_among_records_and_stays() {
+        let key = crate::dynamo::table::KeyPart {
+            name: "id".to_owned(),
+            role: "HASH".to_owned(),
+            kind: "S".to_owned(),
+        };
+        let tables = Followed::from([("orders".to_owned(), vec![key])]);
+        let flow = Flow {
+            group: "g",
+            epoch: 3,
+            source: "east",
+            target: "west",
+            tables: &tables,
+            wanted: None,
+        };
+        let judge = |sequence: Option<&str>| {
+            let mut letter = letter();
+            letter.event = Some("INSERT".to_owned());
+            letter.new_image = Some(json!({"id": {"S": "k"}}));
+            letter.sequence_number = sequence.map(str::to_owned);
+            let waiting = Waiting {
+                letter: Ok(letter),
+                id: String::new(),
+                sent_ms: None,
+                receipt: Receipt::Line("day".to_owned(), 0),
+            };
+            let (mut report, mut back) = (Report::default(), Vec::new());
+            let taken = judged(&flow, waiting, &mut report, &mut back).is_some();
+            (taken, report.left_count(), back.len())
+        };
+        assert_eq!(judge(Some("111")), (true, 0, 0));
+        assert_eq!(judge(None), (false, 1, 1));
     }
 
     #[test]
