@@ -1,6 +1,9 @@
 //! The protocol against everything that goes on beside it: a source that is written to, a worker
 //! that replays (with coalescing), both dying, and writes that take effect late, in every order.
 //!
+//! What a repair of one row found clean is not repaired again for rows that were due when it began, as
+//! [`crate::run::covered`] has it; the model never forgets that, which the program may.
+//!
 //! Time is a queue: what stands in it ends in its order. A late write ends by dying; a doubt's row
 //! ends its wait and may be repaired. So a row that was queued after a write is due after that
 //! write's death, and no clock is needed.
@@ -29,6 +32,8 @@ enum Rules {
     TrustUnanswered,
     /// The source is not read again after a write.
     NoSecondLook,
+    /// A repaired key counts for ranges, too, whose writes were not dead when its repair began.
+    CoversTooMuch,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -62,6 +67,8 @@ struct World {
     queue: Vec<Waiting>,
     /// Keys of the rows that may be repaired.
     due: Vec<u8>,
+    /// The same for rows that came due after the repair of a key had begun: it says nothing of them.
+    due_since: Vec<u8>,
     repairing: Option<Repairing>,
     /// What may still go wrong.
     unanswered: u8,
@@ -93,6 +100,7 @@ impl World {
             pending: 0,
             queue: Vec::new(),
             due: Vec::new(),
+            due_since: Vec::new(),
             repairing: None,
             unanswered,
             worker_crashes,
@@ -110,7 +118,34 @@ impl World {
             && self.pending == 0
             && self.queue.is_empty()
             && self.due.is_empty()
+            && self.due_since.is_empty()
             && self.repairing.is_none()
+    }
+
+    /// The repair of a key begins: whatever is due now is done with that key once it is clean.
+    fn key_begins(&mut self) {
+        self.due.append(&mut self.due_since);
+        self.due.sort_unstable();
+    }
+
+    /// A key was repaired: the ranges whose writes were dead before that need not repair it again.
+    fn covered(&mut self, key: usize, rules: Rules) {
+        for keys in &mut self.due {
+            *keys &= !(1 << key);
+        }
+        self.due.retain(|keys| *keys != 0);
+        self.due.sort_unstable();
+        if rules == Rules::CoversTooMuch {
+            for waiting in &mut self.queue {
+                if let Waiting::Doubt {
+                    keys,
+                    claimed: false,
+                } = waiting
+                {
+                    *keys &= !(1 << key);
+                }
+            }
+        }
     }
 }
 
@@ -210,7 +245,7 @@ impl Model {
                     claimed: false,
                 }
             }
-            None if keys != 0 => next.due.push(keys),
+            None if keys != 0 => next.due_since.push(keys),
             None => {}
         }
         out.push(next);
@@ -250,8 +285,8 @@ impl Model {
             return;
         }
         if let Waiting::Doubt { keys, claimed } = next.queue.remove(0) {
-            next.due.push(keys);
-            next.due.sort_unstable();
+            next.due_since.push(keys);
+            next.due_since.sort_unstable();
             // The claim was over long before.
             if claimed {
                 next.repairing = None;
@@ -262,8 +297,9 @@ impl Model {
 
     fn repair_goes_on(&self, world: &World, out: &mut Vec<World>) {
         let Some(repairing) = &world.repairing else {
-            if let Some(keys) = world.due.first() {
-                let mut next = world.clone();
+            let mut next = world.clone();
+            next.key_begins();
+            if let Some(keys) = next.due.first() {
                 let keys = *keys;
                 next.due.remove(0);
                 self.claim(&mut next, keys);
@@ -288,8 +324,13 @@ impl Model {
         };
         let key = now.key;
         if key == KEYS || now.keys & 1 << key == 0 || now.repair.step() == Step::Clean {
+            let is_clean = key < KEYS && now.keys & 1 << key != 0;
             now.key += 1;
             now.repair = KeyRepair::default();
+            if is_clean {
+                next.covered(key, self.rules);
+            }
+            next.key_begins();
             if key >= KEYS {
                 next.repairing = None;
                 self.drop_row(&mut next, repairing.keys);
@@ -436,6 +477,7 @@ fn without_any_one_of_its_rules_some_order_ends_wrong() {
         (Rules::ClaimAtOnce, [2, 0, 0]),
         (Rules::TrustUnanswered, [2, 0, 0]),
         (Rules::NoSecondLook, [1, 0, 0]),
+        (Rules::CoversTooMuch, [2, 0, 0]),
     ] {
         let wrong = scripts(&[0b0000])
             .into_iter()

@@ -7,6 +7,7 @@
 //! ```
 
 pub mod context;
+pub mod covered;
 pub mod discovery;
 pub mod doubts;
 pub mod fleet;

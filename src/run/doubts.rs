@@ -1,8 +1,12 @@
 //! Doubts: stored before the checkpoint passes them, repaired when their time has come.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod store;
+
+pub use store::{ShardDoubts, store_inherited};
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use aws_smithy_types::DateTime;
 use aws_smithy_types::date_time::Format;
@@ -11,6 +15,7 @@ use rand::seq::SliceRandom;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
+use super::covered::Covered;
 use super::discovery::discovery;
 use super::letter::Letter;
 use super::tap::Gate;
@@ -21,7 +26,7 @@ use crate::dynamo::item::ItemKey;
 use crate::dynamo::table::{describe, ttl_attribute};
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation};
-use crate::lease::doubts::{End, Pending, Range, grow, may_claim};
+use crate::lease::doubts::may_claim;
 use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS, known_table_id};
 use crate::lease::rules::take_name;
@@ -33,7 +38,7 @@ use crate::repair::{Attempts, KeepExpired, Refused, Repaired, Repairer, Unfinish
 use crate::stream::change::decode;
 use crate::stream::reader::{Page, Position, ShardReader};
 use crate::stream::sequence::SequenceNumber;
-use crate::stream::{ShardId, stream_label};
+use crate::stream::stream_label;
 
 /// Consecutive empty pages after which nothing older than the time asked for is expected any more.
 const EMPTY_PAGES_PROVE: usize = 5;
@@ -49,116 +54,12 @@ const KEYS_MAX: usize = 1_000;
 /// Refused items held at once until their letters are written.
 const REFUSED_BYTES_MAX: usize = 8 << 20;
 
-/// What one shard has in doubt, and the row last stored for it.
-#[derive(Default)]
-pub struct ShardDoubts {
-    pending: Pending,
-    last: Option<(DoubtRow, Instant)>,
-}
-
-impl ShardDoubts {
-    /// The records after `durable` up to `last` may take effect until `until_ms`.
-    pub fn add(&mut self, durable: &Position, last: &SequenceNumber, until_ms: i64) {
-        self.pending.add(durable, last, until_ms);
-    }
-
-    /// Stores what is in doubt. Tell [`stored`](Self::stored) what it returns.
-    pub fn store(
-        &self,
-        context: &Arc<TableContext>,
-        shard: &ShardId,
-    ) -> impl Future<Output = Result<Option<(Range, DoubtRow)>, Fault>> + Send + use<> {
-        let (context, shard) = (Arc::clone(context), shard.clone());
-        let range = self.pending.range();
-        // A row grows for as long as half of a late effect, so that a line that fails now and then
-        // makes a few rows and not thousands, and each still comes to its end.
-        let young = context.shared.config.leases.late_effect / 2;
-        let last = self.last.as_ref();
-        let last = last.filter(|(_, at)| at.elapsed() < young);
-        let last = last.map(|(row, _)| row.clone());
-        async move {
-            match range {
-                None => Ok(None),
-                Some(range) => store_range(&context, &shard, &range, last)
-                    .await
-                    .map(|row| Some((range, row))),
-            }
-        }
-    }
-
-    /// This was stored.
-    pub fn stored(&mut self, stored: Option<(Range, DoubtRow)>) {
-        if let Some((range, row)) = stored {
-            self.pending.stored(&range);
-            let grown = self
-                .last
-                .take()
-                .filter(|(last, _)| last.lease_key == row.lease_key);
-            let at = grown.map_or_else(Instant::now, |(_, at)| at);
-            self.last = Some((row, at));
-        }
-    }
-}
-
-/// Stores a range in doubt, in `last` where that can still grow.
-async fn store_range(
-    context: &TableContext,
-    shard: &ShardId,
-    range: &Range,
-    last: Option<DoubtRow>,
-) -> Result<DoubtRow, Fault> {
-    let shared = &context.shared;
-    let table = &context.table.name;
-    if let Some(mut row) = last {
-        let known = row.lease_counter;
-        if grow(&mut row, range) && shared.state.replace(&row, known).await? == Written::Yes {
-            return Ok(row);
-        }
-    }
-    let mut row = DoubtRow::new(
-        shared.epoch,
-        table,
-        &context.stream_arn,
-        shard,
-        range.cause,
-        &range.from,
-        range.until_ms,
-        rfc3339(host_ms()),
-    );
-    match &range.to {
-        End::Record(to) => row.to = Some(to.as_str().to_owned()),
-        End::Time(ms) => row.to_time = Some(*ms),
-    }
-    shared.state.create(&row).await?;
-    metrics::doubted(table, range.cause);
-    tracing::warn!(
-        table,
-        shard = %shard,
-        cause = range.cause.label(),
-        until = rfc3339(range.until_ms),
-        "in doubt: writes may still take effect; the keys are repaired afterwards"
-    );
-    shared.rescan.notify_one();
-    Ok(row)
-}
-
-/// Stores what the owner before left in doubt, however long it takes.
-pub async fn store_inherited(context: &TableContext, shard: &ShardId, range: &Range) {
-    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-    let health = &context.shared.health;
-    let table = &context.table.name;
-    while let Err(fault) = store_range(context, shard, range, None).await {
-        health.failed(Scope::State, table, &shard.0, &fault);
-        tokio::time::sleep(backoff.pause()).await;
-    }
-    health.succeeded(Scope::State, table, &shard.0);
-}
-
 /// The right to repair a doubt.
 type Claim = Hold<DoubtRow>;
 
 /// Repairs the doubts of a table as they come due, until `stop`.
 pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+    let covered = Mutex::new(Covered::default());
     let mut rows = shared.rows.clone();
     let mut gate = Gate::new(&shared, &table.name, &stop);
     let patience = shared.config.leases.duration * 2;
@@ -177,6 +78,9 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
         });
         // In any order, so that one that cannot be repaired holds no other back.
         due.shuffle(&mut rand::rng());
+        // One of a shard at a time: its ranges share most of their keys.
+        let mut shards = HashSet::new();
+        due.retain(|doubt| shards.insert((&doubt.stream_arn, &doubt.shard_id)));
         due.truncate(REPAIRS_AT_ONCE);
         if !gate.is_open() {
             due.clear();
@@ -186,7 +90,7 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
         let flow = gate.flow();
         let repairs = due
             .into_iter()
-            .map(|doubt| repair_doubt(&shared, &table, doubt.clone(), &flow));
+            .map(|doubt| repair_doubt(&shared, &table, doubt.clone(), &covered, &flow));
         let done = tokio::select! {
             done = join_all(repairs) => done,
             // Cancels the flow when the tap closes; the repairs then end by themselves.
@@ -256,8 +160,11 @@ async fn repair_doubt(
     shared: &Arc<Shared>,
     table: &Table,
     doubt: DoubtRow,
+    covered: &Mutex<Covered>,
     stop: &CancellationToken,
 ) -> Result<(), Unfinished> {
+    // Before the claim moves it.
+    let dead_at = doubt.until;
     let terms = Terms {
         state: shared.state.clone(),
         clock: Arc::clone(&shared.target.clock),
@@ -270,7 +177,9 @@ async fn repair_doubt(
         return Ok(());
     };
     let repaired = claim
-        .keep(repair_claimed(shared, table, &claim, stop))
+        .keep(repair_claimed(
+            shared, table, &claim, dead_at, covered, stop,
+        ))
         .await;
     match &repaired {
         Ok(()) | Err(Unfinished::Unanswered(_)) => {}
@@ -283,6 +192,8 @@ async fn repair_claimed(
     shared: &Arc<Shared>,
     table: &Table,
     claim: &Arc<Claim>,
+    dead_at: i64,
+    covered: &Mutex<Covered>,
     stop: &CancellationToken,
 ) -> Result<(), Unfinished> {
     let arn = claim.row().stream_arn;
@@ -296,6 +207,8 @@ async fn repair_claimed(
         context: &context,
         keep_expired: keep_expired(shared, table).await?,
         claim: Arc::clone(claim),
+        dead_at,
+        covered,
         stop,
         keys: HashMap::new(),
         written: 0,
@@ -348,18 +261,22 @@ struct DoubtRepair<'a> {
     context: &'a TableContext,
     keep_expired: Option<KeepExpired>,
     claim: Arc<Claim>,
+    /// When the last of its writes was dead.
+    dead_at: i64,
+    /// What other repairs did.
+    covered: &'a Mutex<Covered>,
     stop: &'a CancellationToken,
     /// Keys read and not repaired yet.
     keys: HashMap<ItemKey, Item>,
     written: usize,
-    /// Refused by the replica, and not dead-lettered yet.
-    refused: Vec<Refused>,
+    /// Refused by the replica, and not dead-lettered yet, with when their repairs began.
+    refused: Vec<(Refused, i64)>,
     /// Refused by the replica and dead-lettered.
     lettered: usize,
     seen: usize,
 }
 
-impl DoubtRepair<'_> {
+impl<'a> DoubtRepair<'a> {
     async fn run(&mut self) -> Result<(), Unfinished> {
         let shared = &self.context.shared;
         let row = self.claim.row();
@@ -423,6 +340,11 @@ impl DoubtRepair<'_> {
         }
     }
 
+    fn covered(&self) -> MutexGuard<'a, Covered> {
+        let covered: &'a Mutex<Covered> = self.covered;
+        covered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes in a page's keys. Returns whether the range is over.
     fn take_in(&mut self, page: Page, row: &DoubtRow) -> bool {
         let last = row.to.as_deref().and_then(SequenceNumber::parse);
@@ -442,7 +364,10 @@ impl DoubtRepair<'_> {
             // What was never to be replayed is none of ours.
             let before_start = row.start_timestamp.is_some_and(|start| created_ms < start);
             if let (Some(keys), false) = (keys, before_start) {
-                self.keys.insert(ItemKey::new(&keys), keys);
+                let key = ItemKey::new(&keys);
+                if !self.covered().has(&key, self.dead_at) {
+                    self.keys.insert(key, keys);
+                }
             }
             if last.is_some() && sequence == last {
                 return true;
@@ -473,13 +398,18 @@ impl DoubtRepair<'_> {
                 stop: self.stop,
                 keep_expired: self.keep_expired.clone(),
             };
+            let begun_ms = shared.target.clock.now_ms();
             match repairer.repair(chunk.iter().cloned()).await {
-                Ok(repaired) => self.settle(repaired).await?,
+                Ok(repaired) => self.settle(chunk, begun_ms, repaired).await?,
                 // One hot key must not keep its neighbours, or their letters.
                 Err(Unfinished::Unsettled) if chunk.len() > 1 => {
                     for key in chunk {
+                        let begun_ms = shared.target.clock.now_ms();
                         match repairer.repair([key.clone()]).await {
-                            Ok(repaired) => self.settle(repaired).await?,
+                            Ok(repaired) => {
+                                let one = std::slice::from_ref(key);
+                                self.settle(one, begun_ms, repaired).await?;
+                            }
                             Err(Unfinished::Unsettled) => unsettled = true,
                             Err(other) => return Err(other),
                         }
@@ -503,11 +433,24 @@ impl DoubtRepair<'_> {
         Ok(())
     }
 
-    /// Notes what a repair did.
-    async fn settle(&mut self, repaired: Repaired) -> Result<(), Unfinished> {
+    /// Notes what the repair of `keys` did that began at `begun_ms`.
+    async fn settle(
+        &mut self,
+        keys: &[Item],
+        begun_ms: i64,
+        repaired: Repaired,
+    ) -> Result<(), Unfinished> {
         self.written += repaired.written;
-        self.refused.extend(repaired.refused);
-        let bytes = self.refused.iter().map(|refused| refused.change.bytes);
+        let refused: HashSet<&ItemKey> = repaired.refused.iter().map(|r| &r.change.key).collect();
+        for key in keys.iter().map(ItemKey::new) {
+            if !refused.contains(&key) {
+                self.covered().note(&key, begun_ms);
+            }
+        }
+        let refused = repaired.refused.into_iter();
+        self.refused
+            .extend(refused.map(|refused| (refused, begun_ms)));
+        let bytes = self.refused.iter().map(|(refused, _)| refused.change.bytes);
         if bytes.sum::<usize>() > REFUSED_BYTES_MAX {
             return self.deliver_refused().await;
         }
@@ -524,7 +467,7 @@ impl DoubtRepair<'_> {
         let context = self.context;
         let table = &context.table.name;
         let shard = self.claim.row().shard_id;
-        for refused in std::mem::take(&mut self.refused) {
+        for (refused, begun_ms) in std::mem::take(&mut self.refused) {
             let letter = Letter::refused_repair(context, &shard, &refused);
             tokio::select! {
                 delivered = letter.deliver_within(context, "repair", Attempts::default()) => {
@@ -532,6 +475,7 @@ impl DoubtRepair<'_> {
                 }
                 () = self.stop.cancelled() => return Err(Unfinished::Stopped),
             }
+            self.covered().note(&refused.change.key, begun_ms);
             self.lettered += 1;
             metrics::repair_refused(table, 1);
             metrics::dead_lettered(table, refused.fault.class);
