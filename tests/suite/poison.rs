@@ -137,7 +137,7 @@ pub async fn poison_among_good(
     };
     let writing = write_all(stand, table, size, &mut random);
     let (worker, ()) = tokio::join!(killing, writing);
-    let within = Duration::from_secs(60 + (size.good / 100) as u64);
+    let within = Duration::from_secs(240 + (size.good / 50) as u64);
     let good_applied = async || {
         // Comparing all of it takes the processors that it waits for.
         tokio::time::sleep(Duration::from_millis(size.good as u64 / 20)).await;
