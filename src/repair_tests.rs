@@ -318,6 +318,13 @@ impl Model {
             self.end_claim(&mut next);
             out.push(next);
         }
+        // Asked to stop with all its writes answered: it gives the row back, due at once.
+        let mut given_back = world.clone();
+        given_back.repairing = None;
+        self.drop_row(&mut given_back, repairing.keys);
+        given_back.due_since.push(repairing.keys);
+        given_back.due_since.sort_unstable();
+        out.push(given_back);
         let mut next = world.clone();
         let Some(now) = &mut next.repairing else {
             return;

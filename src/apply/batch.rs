@@ -205,43 +205,51 @@ impl Writer {
         mut refused: Vec<(Op, Fault)>,
         sent: &mut Sent,
     ) {
+        // That a neighbour was throttled says nothing of them: they must not wait for as long as it is.
+        let is_in_the_way = |fault: &Fault| fault.class != Class::Throttled;
+        let mut broken_off = sent.fault.as_ref().is_some_and(is_in_the_way);
         for _ in 1..self.max_attempts {
-            if refused.is_empty() || sent.fault.is_some() {
+            if refused.is_empty() || broken_off {
                 break;
             }
             tokio::time::sleep(REFUSED_PAUSE).await;
             let mut again = Vec::with_capacity(refused.len());
             for (op, fault) in refused {
-                if sent.fault.is_some() {
+                if broken_off {
                     sent.outcomes.push((op, Outcome::Returned));
                     continue;
                 }
                 metrics::retried(&self.table, fault.class);
                 let one = std::slice::from_ref(&op);
-                let outcome = match self.send(bound, stop, one, &mut sent.unanswered).await {
-                    Answer::Stopped => Outcome::Returned,
-                    Answer::Done { unprocessed } if unprocessed.is_empty() => Outcome::Applied,
-                    Answer::Done { .. } => {
-                        sent.fault = Some(unprocessed_fault());
-                        Outcome::Returned
+                let (outcome, other) = match self.send(bound, stop, one, &mut sent.unanswered).await
+                {
+                    Answer::Stopped => (Outcome::Returned, None),
+                    Answer::Done { unprocessed } if unprocessed.is_empty() => {
+                        (Outcome::Applied, None)
                     }
+                    Answer::Done { .. } => (Outcome::Returned, Some(unprocessed_fault())),
                     Answer::Failed(fault) if fault.policy() == Policy::DeadLetter => {
                         again.push((op, fault));
                         continue;
                     }
-                    Answer::Failed(other) => {
-                        sent.fault = Some(other);
-                        Outcome::Returned
-                    }
+                    Answer::Failed(other) => (Outcome::Returned, Some(other)),
                 };
                 sent.outcomes.push((op, outcome));
+                if other.is_some() {
+                    sent.fault = other;
+                    broken_off = true;
+                }
             }
             refused = again;
         }
-        if !refused.is_empty() && sent.fault.is_none() {
-            sent.fault = self.check_key().await.err();
+        if !refused.is_empty()
+            && !broken_off
+            && let Err(changed) = self.check_key().await
+        {
+            sent.fault = Some(changed);
+            broken_off = true;
         }
-        let is_poison = sent.fault.is_none();
+        let is_poison = !broken_off;
         let attempts = self.max_attempts;
         for (op, fault) in refused {
             let outcome = match is_poison {

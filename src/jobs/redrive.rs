@@ -341,7 +341,10 @@ impl<'a> Redrive<'a> {
                 match ended {
                     Ok(()) => ended = self.bring_table(&table, letters, bound, &receipts).await,
                     // Nothing was begun for these.
-                    Err(_) => self.park_all(letters, bound),
+                    Err(_) => {
+                        self.not_begun(&table, letters.len() as u64);
+                        self.park_all(letters, bound);
+                    }
                 }
             }
             done.cancel();
@@ -444,7 +447,10 @@ impl<'a> Redrive<'a> {
                         Ok(()) => {
                             ended = Box::pin(self.bring_table(table, one, bound, open)).await;
                         }
-                        Err(_) => self.park_all(one, bound),
+                        Err(_) => {
+                            self.not_begun(table, 1);
+                            self.park_all(one, bound);
+                        }
                     }
                 }
                 ended

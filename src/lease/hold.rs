@@ -41,6 +41,8 @@ pub struct Terms {
 pub struct Hold<R> {
     terms: Terms,
     held: Mutex<Held<R>>,
+    /// The row's `until` when it was taken.
+    taken_until: i64,
     /// Held over a renewal: two at once would refuse each other by the row's counter.
     turn: tokio::sync::Mutex<()>,
 }
@@ -86,6 +88,7 @@ impl<R: Holdable> Hold<R> {
         row.set_holder(Some(holder));
         Self {
             terms,
+            taken_until: *row.until_mut(),
             held: Mutex::new(Held {
                 row,
                 valid_until: Duration::ZERO,
@@ -181,7 +184,9 @@ impl<R: Holdable> Hold<R> {
         let known = row.counter();
         row.count();
         row.set_holder(None);
-        *row.until_mut() = self.terms.clock.now_ms();
+        // Never before it was due when it was taken: a clock that was wrong for a moment must not make
+        // others believe that it is.
+        *row.until_mut() = self.terms.clock.now_ms().max(self.taken_until);
         let _ = self.terms.state.replace(&row, known).await;
     }
 

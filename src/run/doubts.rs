@@ -15,13 +15,13 @@ use rand::seq::SliceRandom;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
-use super::covered::Covered;
+use super::covered::{Covered, SeenDue};
 use super::discovery::discovery;
 use super::letter::Letter;
 use super::tap::Gate;
 use crate::backoff::Backoff;
 use crate::config::{Table, TtlDeletes};
-use crate::dynamo::clock::{host_ms, rfc3339};
+use crate::dynamo::clock::{host_ms, rfc3339, uptime};
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::table::{describe, ttl_attribute};
 use crate::dynamo::value::Item;
@@ -60,6 +60,7 @@ type Claim = Hold<DoubtRow>;
 /// Repairs the doubts of a table as they come due, until `stop`.
 pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
     let covered = Mutex::new(Covered::default());
+    let mut seen_due = SeenDue::default();
     let mut rows = shared.rows.clone();
     let mut gate = Gate::new(&shared, &table.name, &stop);
     let patience = shared.config.leases.duration * 2;
@@ -76,6 +77,9 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
                 && epoch.is_none_or(|epoch| epoch == shared.epoch)
                 && may_claim(doubt, &snapshot.shards, &shared.owner, now_ms, patience)
         });
+        // After the rows were read, so that whatever they tell had happened by then.
+        let rows_due = due.iter().map(|d| (d.lease_key.as_str(), d.lease_counter));
+        seen_due.see(rows_due, uptime());
         // In any order, so that one that cannot be repaired holds no other back.
         due.shuffle(&mut rand::rng());
         // One of a shard at a time: its ranges share most of their keys.
@@ -90,7 +94,13 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
         let flow = gate.flow();
         let repairs = due
             .into_iter()
-            .map(|doubt| repair_doubt(&shared, &table, doubt.clone(), &covered, &flow));
+            .filter_map(|doubt| {
+                let dead_since = seen_due.since(&doubt.lease_key, doubt.lease_counter)?;
+                Some((doubt.clone(), dead_since))
+            })
+            .map(|(doubt, dead_since)| {
+                repair_doubt(&shared, &table, doubt, dead_since, &covered, &flow)
+            });
         let done = tokio::select! {
             done = join_all(repairs) => done,
             // Cancels the flow when the tap closes; the repairs then end by themselves.
@@ -160,11 +170,10 @@ async fn repair_doubt(
     shared: &Arc<Shared>,
     table: &Table,
     doubt: DoubtRow,
+    dead_since: Duration,
     covered: &Mutex<Covered>,
     stop: &CancellationToken,
 ) -> Result<(), Unfinished> {
-    // Before the claim moves it.
-    let dead_at = doubt.until;
     let terms = Terms {
         state: shared.state.clone(),
         clock: Arc::clone(&shared.target.clock),
@@ -178,7 +187,7 @@ async fn repair_doubt(
     };
     let repaired = claim
         .keep(repair_claimed(
-            shared, table, &claim, dead_at, covered, stop,
+            shared, table, &claim, dead_since, covered, stop,
         ))
         .await;
     match &repaired {
@@ -192,7 +201,7 @@ async fn repair_claimed(
     shared: &Arc<Shared>,
     table: &Table,
     claim: &Arc<Claim>,
-    dead_at: i64,
+    dead_since: Duration,
     covered: &Mutex<Covered>,
     stop: &CancellationToken,
 ) -> Result<(), Unfinished> {
@@ -207,7 +216,7 @@ async fn repair_claimed(
         context: &context,
         keep_expired: keep_expired(shared, table).await?,
         claim: Arc::clone(claim),
-        dead_at,
+        dead_since,
         covered,
         stop,
         keys: HashMap::new(),
@@ -261,8 +270,8 @@ struct DoubtRepair<'a> {
     context: &'a TableContext,
     keep_expired: Option<KeepExpired>,
     claim: Arc<Claim>,
-    /// When the last of its writes was dead.
-    dead_at: i64,
+    /// Since when all of its writes are known to be dead, as this machine's uptime.
+    dead_since: Duration,
     /// What other repairs did.
     covered: &'a Mutex<Covered>,
     stop: &'a CancellationToken,
@@ -270,7 +279,7 @@ struct DoubtRepair<'a> {
     keys: HashMap<ItemKey, Item>,
     written: usize,
     /// Refused by the replica, and not dead-lettered yet, with when their repairs began.
-    refused: Vec<(Refused, i64)>,
+    refused: Vec<(Refused, Duration)>,
     /// Refused by the replica and dead-lettered.
     lettered: usize,
     seen: usize,
@@ -365,7 +374,7 @@ impl<'a> DoubtRepair<'a> {
             let before_start = row.start_timestamp.is_some_and(|start| created_ms < start);
             if let (Some(keys), false) = (keys, before_start) {
                 let key = ItemKey::new(&keys);
-                if !self.covered().has(&key, self.dead_at) {
+                if !self.covered().has(&key, self.dead_since) {
                     self.keys.insert(key, keys);
                 }
             }
@@ -398,17 +407,17 @@ impl<'a> DoubtRepair<'a> {
                 stop: self.stop,
                 keep_expired: self.keep_expired.clone(),
             };
-            let begun_ms = shared.target.clock.now_ms();
+            let begun = uptime();
             match repairer.repair(chunk.iter().cloned()).await {
-                Ok(repaired) => self.settle(chunk, begun_ms, repaired).await?,
+                Ok(repaired) => self.settle(chunk, begun, repaired).await?,
                 // One hot key must not keep its neighbours, or their letters.
                 Err(Unfinished::Unsettled) if chunk.len() > 1 => {
                     for key in chunk {
-                        let begun_ms = shared.target.clock.now_ms();
+                        let begun = uptime();
                         match repairer.repair([key.clone()]).await {
                             Ok(repaired) => {
                                 let one = std::slice::from_ref(key);
-                                self.settle(one, begun_ms, repaired).await?;
+                                self.settle(one, begun, repaired).await?;
                             }
                             Err(Unfinished::Unsettled) => unsettled = true,
                             Err(other) => return Err(other),
@@ -433,23 +442,22 @@ impl<'a> DoubtRepair<'a> {
         Ok(())
     }
 
-    /// Notes what the repair of `keys` did that began at `begun_ms`.
+    /// Notes what the repair of `keys` did that began at `begun`.
     async fn settle(
         &mut self,
         keys: &[Item],
-        begun_ms: i64,
+        begun: Duration,
         repaired: Repaired,
     ) -> Result<(), Unfinished> {
         self.written += repaired.written;
         let refused: HashSet<&ItemKey> = repaired.refused.iter().map(|r| &r.change.key).collect();
         for key in keys.iter().map(ItemKey::new) {
             if !refused.contains(&key) {
-                self.covered().note(&key, begun_ms);
+                self.covered().note(&key, begun);
             }
         }
         let refused = repaired.refused.into_iter();
-        self.refused
-            .extend(refused.map(|refused| (refused, begun_ms)));
+        self.refused.extend(refused.map(|refused| (refused, begun)));
         let bytes = self.refused.iter().map(|(refused, _)| refused.change.bytes);
         if bytes.sum::<usize>() > REFUSED_BYTES_MAX {
             return self.deliver_refused().await;
@@ -467,7 +475,7 @@ impl<'a> DoubtRepair<'a> {
         let context = self.context;
         let table = &context.table.name;
         let shard = self.claim.row().shard_id;
-        for (refused, begun_ms) in std::mem::take(&mut self.refused) {
+        for (refused, begun) in std::mem::take(&mut self.refused) {
             let letter = Letter::refused_repair(context, &shard, &refused);
             tokio::select! {
                 delivered = letter.deliver_within(context, "repair", Attempts::default()) => {
@@ -475,7 +483,7 @@ impl<'a> DoubtRepair<'a> {
                 }
                 () = self.stop.cancelled() => return Err(Unfinished::Stopped),
             }
-            self.covered().note(&refused.change.key, begun_ms);
+            self.covered().note(&refused.change.key, begun);
             self.lettered += 1;
             metrics::repair_refused(table, 1);
             metrics::dead_lettered(table, refused.fault.class);
