@@ -156,7 +156,7 @@ impl Sharing {
         if mine >= share.high && self.find_idle(view, &loads, share) {
             share = self.share(view, &loads);
         }
-        let take = self.take(view, &wanted, share.high.saturating_sub(mine));
+        let take = self.take(view, &wanted, self.room(view, share, mine));
         let ask = self.ask(view, &loads, share, mine + take.len());
         let give = self.give(view, &loads, share);
         let mut ask: Vec<String> = ask
@@ -310,6 +310,17 @@ impl Sharing {
         Share {
             low: shards / workers,
             high: shards.div_ceil(workers),
+        }
+    }
+
+    /// How many shards to take. One that it asked for is taken though its share is full: it asked
+    /// because somebody has more than that, which others know to be right who have found an idle
+    /// worker. Left lying, it would make this worker look idle, too.
+    fn room(&self, view: &View<'_>, share: Share, mine: usize) -> usize {
+        let asked = free_shards(view).any(|shard| self.asked.contains(shard.key));
+        match share.high.checked_sub(mine) {
+            Some(0) if asked => 1,
+            room => room.unwrap_or(0),
         }
     }
 
