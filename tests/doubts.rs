@@ -163,10 +163,9 @@ async fn a_write_stopped_after_the_last_check_is_repaired_by_the_next_owner() {
     assert!(first.stop().await.success() && second.stop().await.success());
 }
 
-/// Killed with a write on its way: the next owner puts what was not checkpointed in doubt, and
-/// repairs it although the write arrived after its own, newer one.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_owners_late_write_is_repaired_by_the_next_owner() {
+/// A worker was killed with the value 2 of `a` on its way; its successor wrote 3, and then the 2 took
+/// effect. The successor, and its configuration.
+async fn undone_by_a_dead_owners_write() -> (Stand, String, Worker, std::path::PathBuf) {
     let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
     let table = stand.table("orders");
     let (first, config) = first_of_two(&stand, &table, &[]).await;
@@ -190,6 +189,14 @@ async fn a_dead_owners_late_write_is_repaired_by_the_next_owner() {
         1,
         "the late write did nothing"
     );
+    (stand, table, second, config)
+}
+
+/// Killed with a write on its way: the next owner puts what was not checkpointed in doubt, and
+/// repairs it although the write arrived after its own, newer one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_owners_late_write_is_repaired_by_the_next_owner() {
+    let (stand, table, second, _) = undone_by_a_dead_owners_write().await;
     until_settled(&stand).await;
     assert_eq!(stand.differences(&table).await, Vec::<String>::new());
     assert!(second.metric("farshore_repair_writes_total").await >= 1.0);
@@ -200,24 +207,7 @@ async fn a_dead_owners_late_write_is_repaired_by_the_next_owner() {
 /// the newest no longer: nobody else would ever tell.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_repair_cannot_write_is_a_dead_letter() {
-    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
-    let table = stand.table("orders");
-    let (first, config) = first_of_two(&stand, &table, &[]).await;
-    put(&stand.source, &table, "a", 1).await;
-    stand.converge(&table, 1).await;
-    stand.gateways[1].inject(Fault::hold_until_delivered().on("BatchWriteItem").once());
-    put(&stand.source, &table, "a", 2).await;
-    assert!(
-        stand.gateways[1]
-            .wait_for_held(1, Duration::from_secs(10))
-            .await
-    );
-    first.kill();
-    let second = Worker::following(&config).await;
-    put(&stand.source, &table, "a", 3).await;
-    stand.converge(&table, 1).await;
-    let held = stand.gateways[1].held();
-    stand.gateways[1].deliver(held[0].call).await.unwrap();
+    let (stand, table, second, config) = undone_by_a_dead_owners_write().await;
     let refused = Fault::code(400, "ValidationException", "Type mismatch for Index Key");
     let refused = stand.gateways[1].inject(refused.on("BatchWriteItem").key("\"a\""));
     // As long as the letter finds no place, the doubt stays.

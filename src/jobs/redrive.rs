@@ -214,23 +214,27 @@ impl<'a> Redrive<'a> {
             return;
         };
         let ours = self.parked.len() as u64 + self.report.unanswered;
-        let mut others = 0;
-        // SQS counts what was deleted for a while.
+        let mut seen = Ok(0);
+        // SQS counts what was deleted for a while; and a call that failed may succeed.
         for _ in 0..HELD_LOOKS {
-            match queue.attributes().await {
-                Ok(Some(said)) => others = said.in_flight.saturating_sub(ours),
+            seen = match queue.attributes().await {
+                Ok(Some(said)) => Ok(said.in_flight.saturating_sub(ours)),
                 Ok(None) => return,
-                Err(fault) => {
-                    let asked = "whether others hold letters could not be asked";
-                    self.report.ended = Some(format!("{asked}: {}", told(&fault)));
-                    return;
-                }
-            }
-            if others == 0 {
+                Err(fault) => Err(fault),
+            };
+            if matches!(seen, Ok(0)) {
                 return;
             }
             tokio::time::sleep(HELD_PAUSE).await;
         }
+        let others = match seen {
+            Ok(others) => others,
+            Err(fault) => {
+                let asked = "whether others hold letters could not be asked";
+                self.report.ended = Some(format!("{asked}: {}", told(&fault)));
+                return;
+            }
+        };
         let why = "somebody has received it and neither deleted it nor given it back: another redrive, \
                    or one that died; it shows again by itself";
         self.report.leave("", why, others);

@@ -41,16 +41,17 @@ pub(super) fn letter() -> DeadLetter {
     }
 }
 
-fn judge(wanted: Option<&str>, change: impl FnOnce(&mut DeadLetter)) -> Verdict {
-    let key = vec![KeyPart {
+/// The key of all tables here.
+pub(super) fn key() -> Vec<KeyPart> {
+    vec![KeyPart {
         name: "id".to_owned(),
         role: "HASH".to_owned(),
         kind: "S".to_owned(),
-    }];
-    let tables = Followed::from([
-        ("orders".to_owned(), key.clone()),
-        ("other".to_owned(), key),
-    ]);
+    }]
+}
+
+fn judge(wanted: Option<&str>, change: impl FnOnce(&mut DeadLetter)) -> Verdict {
+    let tables = Followed::from([("orders".to_owned(), key()), ("other".to_owned(), key())]);
     let flow = Flow {
         group: "g",
         epoch: 3,

@@ -478,7 +478,7 @@ impl<'a> DoubtRepair<'a> {
         for (refused, begun) in std::mem::take(&mut self.refused) {
             let letter = Letter::refused_repair(context, &shard, &refused);
             tokio::select! {
-                delivered = letter.deliver_within(context, "repair", Attempts::default()) => {
+                delivered = letter.deliver_or_leave(context, "repair") => {
                     delivered.map_err(Unfinished::Failed)?;
                 }
                 () = self.stop.cancelled() => return Err(Unfinished::Stopped),

@@ -140,12 +140,8 @@ impl Letter {
     ///
     /// # Errors
     /// The last fault.
-    pub async fn deliver_within(
-        &self,
-        context: &TableContext,
-        part: &str,
-        mut attempts: Attempts,
-    ) -> Result<(), Fault> {
+    pub async fn deliver_or_leave(&self, context: &TableContext, part: &str) -> Result<(), Fault> {
+        let mut attempts = Attempts::default();
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             match self.try_deliver(context, part).await {

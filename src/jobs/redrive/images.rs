@@ -447,7 +447,7 @@ fn judged(
 mod tests {
     use serde_json::json;
 
-    use super::super::tests::letter;
+    use super::super::tests::{key, letter};
     use super::*;
 
     fn item(value: &str) -> Item {
@@ -509,12 +509,7 @@ mod tests {
 
     #[test]
     fn a_letter_of_a_repair_has_no_place_among_records_and_stays() {
-        let key = crate::dynamo::table::KeyPart {
-            name: "id".to_owned(),
-            role: "HASH".to_owned(),
-            kind: "S".to_owned(),
-        };
-        let tables = Followed::from([("orders".to_owned(), vec![key])]);
+        let tables = Followed::from([("orders".to_owned(), key())]);
         let flow = Flow {
             group: "g",
             epoch: 3,
