@@ -2,6 +2,7 @@
 //! names (`URL` for both, or `URL,URL`).
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::config::{BehaviorVersion, Credentials, Region};
@@ -215,12 +216,24 @@ late_effect = "5s"
     }
 }
 
+/// A free port of this machine that no other test of this process is told, and that no outgoing
+/// connection takes either: it lies below the ports that systems hand out by themselves (Linux
+/// from 32,768, others from 49,152). Workers keep theirs over restarts, so one that the system
+/// gave away in between would refuse their next start for good.
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    const FIRST: u32 = 20_000;
+    const COUNT: u32 = 12_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Processes that run side by side begin far from each other.
+    let begin = std::process::id().wrapping_mul(1_009);
+    for _ in 0..COUNT {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = (FIRST + begin.wrapping_add(step) % COUNT) as u16;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no free port from {FIRST} on");
 }
 
 pub fn s(text: impl Into<String>) -> AttributeValue {
