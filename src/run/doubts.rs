@@ -15,7 +15,7 @@ use rand::seq::SliceRandom;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Shared, TableContext};
-use super::covered::{Covered, SeenDue};
+use super::covered::{Covered, DoubtedShard, Reading, SeenDue};
 use super::discovery::discovery;
 use super::letter::Letter;
 use super::tap::Gate;
@@ -212,11 +212,25 @@ async fn repair_claimed(
         return Ok(());
     };
     refuse_another_table(shared, table).await?;
+    let row = claim.row();
+    let Some(from) = row.position() else {
+        return Err(Unfinished::Failed(Fault::own(
+            Operation::State,
+            Class::Unknown,
+            crate::error::UNREADABLE_ROW,
+            "a doubt's `from` is not readable: a person or a newer version has changed it",
+        )));
+    };
+    let doubted = DoubtedShard {
+        stream_arn: row.stream_arn,
+        shard_id: row.shard_id,
+        start_timestamp: row.start_timestamp,
+    };
     let mut repair = DoubtRepair {
         context: &context,
         keep_expired: keep_expired(shared, table).await?,
         claim: Arc::clone(claim),
-        dead_since,
+        reading: Reading::new(doubted, from.clone(), dead_since),
         covered,
         stop,
         keys: HashMap::new(),
@@ -225,7 +239,7 @@ async fn repair_claimed(
         lettered: 0,
         seen: 0,
     };
-    repair.run().await?;
+    repair.run(from).await?;
     let row = repair.claim.row();
     let gone = claim.finish().await.map_err(Unfinished::Failed)?;
     // Refused: somebody else claimed it meanwhile, and removes it.
@@ -270,9 +284,8 @@ struct DoubtRepair<'a> {
     context: &'a TableContext,
     keep_expired: Option<KeepExpired>,
     claim: Arc<Claim>,
-    /// Since when all of its writes are known to be dead, as this machine's uptime.
-    dead_since: Duration,
-    /// What other repairs did.
+    reading: Reading,
+    /// What this and other repairs did.
     covered: &'a Mutex<Covered>,
     stop: &'a CancellationToken,
     /// Keys read and not repaired yet.
@@ -286,29 +299,28 @@ struct DoubtRepair<'a> {
 }
 
 impl<'a> DoubtRepair<'a> {
-    async fn run(&mut self) -> Result<(), Unfinished> {
-        let shared = &self.context.shared;
+    async fn run(&mut self, from: Position) -> Result<(), Unfinished> {
         let row = self.claim.row();
-        let Some(position) = row.position() else {
-            return Err(Unfinished::Failed(Fault::own(
-                Operation::State,
-                Class::Unknown,
-                crate::error::UNREADABLE_ROW,
-                "a doubt's `from` is not readable: a person or a newer version has changed it",
-            )));
-        };
         // A position by name silently begins at what the stream still holds.
-        if !matches!(position, Position::After(_)) && is_too_old(&row) {
+        if !matches!(from, Position::After(_)) && is_too_old(&row) {
             return self.lost(GapReason::Trimmed).await;
         }
-        let streams = shared.source.streams.clone();
-        let mut reader = ShardReader::new(streams, &row.stream_arn, &row.shard(), position);
+        let last = row.to.as_deref().and_then(SequenceNumber::parse);
+        let mut reader = self.reader(&row, from);
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut attempts = Attempts::default();
         let mut empty = 0;
         loop {
             if self.stop.is_cancelled() || self.claim.is_over() {
                 return Err(Unfinished::Stopped);
+            }
+            let read = self.reading.skip(&self.covered(), reader.position());
+            if let Some(read) = read {
+                if last.as_ref().is_some_and(|last| *last <= read) {
+                    return self.repair_keys(None).await;
+                }
+                reader = self.reader(&row, Position::After(read));
+                continue;
             }
             let page = match reader.next().await {
                 Ok(page) => page,
@@ -334,7 +346,7 @@ impl<'a> DoubtRepair<'a> {
                 0
             };
             let end = page.end;
-            let over = self.take_in(page, &row);
+            let over = self.take_in(page, &row, last.as_ref());
             let proven = row.to_time.is_some() && empty >= EMPTY_PAGES_PROVE;
             if over || end || proven {
                 return self.repair_keys(None).await;
@@ -354,15 +366,19 @@ impl<'a> DoubtRepair<'a> {
         covered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn reader(&self, row: &DoubtRow, position: Position) -> ShardReader {
+        let streams = self.context.shared.source.streams.clone();
+        ShardReader::new(streams, &row.stream_arn, &row.shard(), position)
+    }
+
     /// Takes in a page's keys. Returns whether the range is over.
-    fn take_in(&mut self, page: Page, row: &DoubtRow) -> bool {
-        let last = row.to.as_deref().and_then(SequenceNumber::parse);
+    fn take_in(&mut self, page: Page, row: &DoubtRow, last: Option<&SequenceNumber>) -> bool {
         for record in page.records {
             let (sequence, created_ms, keys) = match decode(record) {
                 Ok(change) => (Some(change.sequence), change.created_ms, Some(change.keys)),
                 Err(bad) => (bad.sequence, bad.created_ms, bad.keys),
             };
-            if let (Some(last), Some(sequence)) = (&last, &sequence)
+            if let (Some(last), Some(sequence)) = (last, &sequence)
                 && sequence > last
             {
                 return true;
@@ -372,13 +388,16 @@ impl<'a> DoubtRepair<'a> {
             }
             // What was never to be replayed is none of ours.
             let before_start = row.start_timestamp.is_some_and(|start| created_ms < start);
-            if let (Some(keys), false) = (keys, before_start) {
-                let key = ItemKey::new(&keys);
-                if !self.covered().has(&key, self.dead_since) {
-                    self.keys.insert(key, keys);
-                }
+            let keys = keys.filter(|_| !before_start);
+            let key = keys.as_ref().map(ItemKey::new);
+            let is_last = last.is_some() && sequence.as_ref() == last;
+            let covered = self.covered();
+            if self.reading.take(&covered, sequence, key.as_ref())
+                && let (Some(key), Some(keys)) = (key, keys)
+            {
+                self.keys.insert(key, keys);
             }
-            if last.is_some() && sequence == last {
+            if is_last {
                 return true;
             }
         }
@@ -433,6 +452,7 @@ impl<'a> DoubtRepair<'a> {
             return Err(Unfinished::Unsettled);
         }
         self.deliver_refused().await?;
+        self.reading.done(&mut self.covered());
         if let Some(done) = done {
             let renewed = self.claim.renew(|row| row.set_position(done)).await;
             if !renewed.map_err(Unfinished::Failed)? {
@@ -450,6 +470,7 @@ impl<'a> DoubtRepair<'a> {
         repaired: Repaired,
     ) -> Result<(), Unfinished> {
         self.written += repaired.written;
+        self.reading.rely_on(begun);
         let refused: HashSet<&ItemKey> = repaired.refused.iter().map(|r| &r.change.key).collect();
         for key in keys.iter().map(ItemKey::new) {
             if !refused.contains(&key) {
