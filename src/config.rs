@@ -6,6 +6,7 @@
 
 pub mod keys;
 pub mod read;
+mod reconcile;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -16,6 +17,8 @@ use aws_smithy_types::DateTime;
 use aws_smithy_types::date_time::Format;
 use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer};
+
+pub use reconcile::{MaxDeletes, Reconcile};
 
 /// The value of `endpoint_url` that asks for a DynamoDB inside this process.
 pub const EMBEDDED: &str = "embedded";
@@ -47,6 +50,9 @@ pub struct Config {
     /// Where records go that a replica can never take.
     #[serde(default)]
     pub dead_letters: DeadLetters,
+    /// Comparing tables.
+    #[serde(default)]
+    pub reconcile: Reconcile,
 }
 
 /// How a region is reached.

@@ -25,6 +25,7 @@
 //! | give up | [`dead_letter`], [`run::letter`] | a record the replica can never take is stored before the checkpoint passes it |
 //! | halt | [`apply::flood`] (pure), [`run::halt`] | a flood of refusals is no poison: the table stops and a person is called |
 //! | bring home | [`jobs::redrive`], [`repair`] | a letter is deleted only after its key is as in the source |
+//! | compare | [`jobs::reconcile`]: [`join`](jobs::reconcile::join), [`judge`](jobs::reconcile::judge) (pure) | one scan a side; in flight is not drift; repaired by key |
 //! | checkpoint | [`run::shard`] | follows the data, never the reading |
 //! | in doubt | [`lease::doubts`] (pure), [`run::doubts`], [`repair`] | a write that may take effect late is repaired by key once it no longer can |
 //!
@@ -34,7 +35,7 @@
 //! * [`run`] puts the worker together and stops it in order; [`run::table`] follows a table,
 //!   [`run::stream`] one of its streams, [`run::shard`] a shard.
 //! * [`lease::control`] (pure) decides which region is active.
-//! * [`jobs`] are one-shot: provision, compare, redrive. What writes holds a row ([`lease::hold`]).
+//! * [`jobs`] are one-shot: provision, redrive, reconcile. What writes holds a row ([`lease::hold`]).
 //! * [`error`] maps every error to one policy, and holds the sentences that people read.
 //! * [`dynamo`] makes the SDK clients, and knows items, keys and tables.
 //! * [`observe`] is what the outside sees: metrics, health. [`observe::liveness`] (pure) says what a

@@ -36,7 +36,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::KeysAndAttributes;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::batch::{BATCH_OPS_MAX, Outcome, Writer};
@@ -44,9 +43,10 @@ use crate::apply::coalesce::Op;
 use crate::backoff::Backoff;
 use crate::dynamo::clock::host_ms;
 use crate::dynamo::item::ItemKey;
+use crate::dynamo::read::batch_get;
 use crate::dynamo::transmit::Bound;
 use crate::dynamo::value::{Item, same_item};
-use crate::error::{Class, Fault, Operation, Policy, classify};
+use crate::error::{Class, Fault, Operation, Policy};
 use crate::stream::change::Change;
 
 /// How often the source of one key is read before it counts as too hot to settle now.
@@ -181,7 +181,7 @@ pub struct KeepExpired {
 
 impl KeepExpired {
     /// Whether `item` had expired at `now_ms`, so that its absence from the source is TTL's doing.
-    fn keeps(&self, item: &Item, now_ms: i64) -> bool {
+    pub fn keeps(&self, item: &Item, now_ms: i64) -> bool {
         let expiry = item
             .get(&self.attribute)
             .and_then(|value| value.as_n().ok())
@@ -422,47 +422,18 @@ impl Repairer<'_> {
             {
                 return Err(Unfinished::Stopped);
             }
-            let request = KeysAndAttributes::builder()
-                .set_keys(Some(left.clone()))
-                .consistent_read(true)
-                .build()
-                .map_err(|error| {
-                    Unfinished::Failed(Fault::own(
-                        operation,
-                        Class::Unknown,
-                        "request not built",
-                        error.to_string(),
-                    ))
-                })?;
-            let answer = table
-                .0
-                .batch_get_item()
-                .request_items(table.1, request)
-                .send()
-                .await;
-            match answer {
-                Ok(answer) => {
+            match batch_get(operation, table, &left).await {
+                Ok(got) => {
                     attempts.reset();
-                    let items = answer.responses.unwrap_or_default().into_values().flatten();
-                    for item in items {
-                        let keys: Item = item
-                            .iter()
-                            .filter(|(name, _)| names.contains_key(*name))
-                            .map(|(name, value)| (name.clone(), value.clone()))
-                            .collect();
-                        found.insert(ItemKey::new(&keys), Arc::new(item));
+                    for item in got.items {
+                        found.insert(ItemKey::of(&item, names), Arc::new(item));
                     }
-                    let unprocessed = answer.unprocessed_keys.unwrap_or_default();
-                    left = unprocessed
-                        .into_values()
-                        .flat_map(|keys| keys.keys)
-                        .collect();
+                    left = got.left;
                     if !left.is_empty() {
                         tokio::time::sleep(backoff.pause()).await;
                     }
                 }
-                Err(error) => {
-                    let fault = classify(operation, &error);
+                Err(fault) => {
                     if fault.policy() != Policy::Retry || !attempts.again() {
                         return Err(Unfinished::Failed(fault));
                     }

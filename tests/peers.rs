@@ -34,6 +34,7 @@ promises! {
     a_queue_that_refuses_holds_the_checkpoint => suite::faults::a_queue_that_refuses_holds_the_checkpoint;
     an_outage_of_the_source_is_waited_out => suite::faults::an_outage_of_the_source;
     an_outage_of_the_replica_is_waited_out => suite::faults::an_outage_of_the_replica;
+    drift_of_every_kind_is_found_and_repaired => suite::reconcile::drift_of_every_kind_is_found_and_repaired;
 }
 
 /// What only servers with a queue, and a client that is not ours, can show.

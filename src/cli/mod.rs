@@ -6,7 +6,9 @@ mod demo;
 #[cfg(feature = "embedded")]
 mod demo_load;
 mod health;
+mod one_shot;
 mod provision;
+mod reconcile;
 mod redrive;
 mod run;
 mod status;
@@ -99,6 +101,12 @@ enum Command {
     /// interrupted at any point. Without --apply it prints what it would do. Exit code 0: no letter is
     /// left; 1: some stay, and it says why, or only planned; 2: could not begin.
     Redrive(redrive::Args),
+    /// Compares tables of two regions, live or not, and with --apply repairs the target
+    ///
+    /// Each side is scanned once. What differs is looked at again until it is no longer in flight.
+    /// Without --apply nothing is changed. Exit code 0: equal, or repaired and verified; 1:
+    /// differences remain; 2: could not run, or not to the end; 130: cut short.
+    Reconcile(reconcile::Args),
     /// Asks a running worker whether it lives: the probe of a container
     Health,
     /// Two embedded regions, a live workload, the worker; ends with a comparison of both tables
@@ -161,6 +169,7 @@ async fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Command::Resume(args) => tap::run(loaded(&cli.common)?, tap::Turn::Resume, &args).await,
         Command::DeadLetters(args) => dead_letters::run(loaded(&cli.common)?, &args).await,
         Command::Redrive(args) => redrive::run(loaded(&cli.common)?, &args).await,
+        Command::Reconcile(args) => reconcile::run(loaded(&cli.common)?, &args).await,
         Command::Health => health::run(loaded(&cli.common)?).await,
         #[cfg(feature = "embedded")]
         Command::Demo(args) => demo::run(&args).await,

@@ -1,15 +1,13 @@
 //! `farshore redrive`: brings dead letters home.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::IsTerminal;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use super::one_shot::{Flow, Line};
 use super::{answer, answer_json};
 use crate::config::TtlDeletes;
 use crate::config::read::Loaded;
@@ -20,9 +18,8 @@ use crate::dynamo::table::{describe, primary_key, ttl_attribute};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Exit, Failure, Fault};
 use crate::jobs::redrive::{Followed, FromImages, Ground, Options, Redrive, Report, Watcher};
-use crate::lease::hold::{Hold, Terms};
+use crate::lease::hold::Hold;
 use crate::lease::row::{JobRow, Row, known_table_id};
-use crate::lease::rules::take_name;
 use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
 use crate::run::owner;
@@ -71,7 +68,8 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     };
     let ground = Ground::of(&feed);
     let followed = followed(&feed, &loaded).await?;
-    refuse_closed(ground, &loaded, args.table.as_deref()).await?;
+    let named = named(args);
+    flow(&loaded, ground, &named).refuse_closed().await?;
     if !args.apply {
         return plan(&loaded, ground, args).await;
     }
@@ -99,6 +97,11 @@ fn options(args: &Args) -> Options {
         limit: args.limit,
         rate: args.rate,
     }
+}
+
+/// The table that was named; none means all.
+fn named(args: &Args) -> Vec<String> {
+    args.table.iter().cloned().collect()
 }
 
 fn nothing_to_feed(active: &str) -> Failure {
@@ -147,7 +150,8 @@ async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<
         epoch,
         dead_letters: &dead_letters,
     };
-    refuse_closed(ground, loaded, args.table.as_deref()).await?;
+    let named = named(args);
+    flow(loaded, ground, &named).refuse_closed().await?;
     refuse_fed(ground).await?;
     if !args.apply {
         return plan(loaded, ground, args).await;
@@ -193,13 +197,14 @@ async fn under_hold(
     work: impl AsyncFnOnce(Arc<Hold<JobRow>>, &CancellationToken, &mut dyn Watcher) -> Report,
 ) -> Result<Exit, Failure> {
     refuse_counting(ground).await?;
-    let hold = hold(loaded, ground).await?;
+    let named = named(args);
+    let flow = flow(loaded, ground, &named);
+    let hold = hold(flow, ground).await?;
     let stop = super::stop_on_signal()?;
     let ended = Mutex::new(None);
-    let mut watcher = Progress::new(args);
+    let mut watcher = Progress(Line::new(args.json));
     let done = CancellationToken::new();
-    let wanted = args.table.as_deref();
-    let watched = watch_flow(ground, loaded, wanted, &stop, &done, &ended);
+    let watched = flow.watch(&stop, &done, &ended);
     let work = async {
         let report = hold
             .keep(work(Arc::clone(&hold), &stop, &mut watcher))
@@ -318,123 +323,28 @@ async fn refuse_fed(ground: Ground<'_>) -> Result<(), Failure> {
     }
 }
 
-/// Why nothing may be written now: the epoch has moved, or a tap is closed.
-async fn closed(
-    ground: Ground<'_>,
-    loaded: &Loaded,
-    wanted: Option<&str>,
-) -> Result<Option<String>, Fault> {
-    if let Some(control) = ground.state.control().await?
-        && (control.epoch != ground.epoch || control.active != ground.source)
-    {
-        return Ok(Some(format!(
-            "the active region is {} since epoch {}",
-            control.active, control.epoch
-        )));
-    }
-    let mut pauses = vec![ground.state.pause(None).await?];
-    for table in &loaded.config.tables {
-        if wanted.is_none_or(|wanted| wanted == table.name) {
-            pauses.push(ground.state.pause(Some(&table.name)).await?);
-        }
-    }
-    let standing = pauses.into_iter().flatten().find(|row| row.is_closed());
-    Ok(standing.map(|row| {
-        let subject = row.table.unwrap_or_else(|| "all tables".to_owned());
-        format!(
-            "the tap of {subject} is closed by {}: {}",
-            row.by, row.reason
-        )
-    }))
-}
-
-async fn refuse_closed(
-    ground: Ground<'_>,
-    loaded: &Loaded,
-    wanted: Option<&str>,
-) -> Result<(), Failure> {
-    let failed = |fault: Fault| unusable(ground.target, ground.state.name(), &fault);
-    match closed(ground, loaded, wanted).await.map_err(failed)? {
-        None => Ok(()),
-        Some(why) => Err(Failure::new(
-            "Nothing may be written to the replica now",
-            why,
-            "Open the tap with `farshore resume` (or name one open table with --table), and ask again",
-        )),
-    }
-}
-
-/// Ends the redrive when the epoch moves or a tap closes, until `done`.
-async fn watch_flow(
-    ground: Ground<'_>,
-    loaded: &Loaded,
-    wanted: Option<&str>,
-    stop: &CancellationToken,
-    done: &CancellationToken,
-    ended: &Mutex<Option<String>>,
-) {
-    loop {
-        tokio::select! {
-            () = done.cancelled() => return,
-            () = tokio::time::sleep(loaded.config.leases.duration / 3) => {}
-        }
-        // A failure says nothing; the hold ends by itself where the state table stays away.
-        if let Ok(Some(why)) = closed(ground, loaded, wanted).await {
-            *ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
-            stop.cancel();
-            return;
-        }
+/// The flow that the letters are of.
+fn flow<'a>(loaded: &'a Loaded, ground: Ground<'a>, wanted: &'a [String]) -> Flow<'a> {
+    Flow {
+        config: &loaded.config,
+        region: ground.target,
+        state: ground.state,
+        active: ground.source,
+        epoch: ground.epoch,
+        tables: wanted,
     }
 }
 
 /// The row of this job. A directory has one job at a time, for it hides nothing from a second one.
-async fn hold(loaded: &Loaded, ground: Ground<'_>) -> Result<Arc<Hold<JobRow>>, Failure> {
-    let terms = Terms {
-        state: ground.state.clone(),
-        clock: Arc::clone(&ground.target.clock),
-        duration: loaded.config.leases.duration,
-        late_effect: loaded.config.leases.late_effect,
-    };
-    let me = owner();
+async fn hold(flow: Flow<'_>, ground: Ground<'_>) -> Result<Arc<Hold<JobRow>>, Failure> {
     let id = match ground.dead_letters {
-        Store::Queue(_) => me.replace('#', "-"),
+        Store::Queue(_) => owner().replace('#', "-"),
         Store::Directory(directory) => directory.place().display().to_string(),
     };
     let at = rfc3339(host_ms());
     let (source, target) = (ground.source, &ground.target.label);
     let row = JobRow::new(KIND, &id, ground.epoch, source, target, at);
-    let holder = take_name(&me, rand::random());
-    let failed = |fault: Fault| unusable(ground.target, ground.state.name(), &fault);
-    let known = ground.state.job(&row.lease_key).await.map_err(failed)?;
-    let held = match known {
-        None => Hold::create(terms, row, holder).await,
-        Some(known) if known.until <= ground.target.clock.now_ms() => {
-            let row = JobRow {
-                lease_counter: known.lease_counter,
-                until: known.until,
-                ..row
-            };
-            Hold::take(terms, row, holder).await
-        }
-        Some(known) => {
-            return Err(Failure::new(
-                "Another redrive of this directory is at work, or died a short while ago",
-                format!(
-                    "It began at {}, and its writes may take effect until {}",
-                    known.at,
-                    rfc3339(known.until)
-                ),
-                "Wait until then, or until it has ended, and ask again",
-            ));
-        }
-    };
-    held.map_err(failed)?.ok_or_else(|| {
-        Failure::new(
-            "Another redrive of this directory began at the same moment",
-            "Both would have worked at the same letters",
-            "Wait until it has ended, and ask again",
-        )
-    })
+    flow.hold(row, "redrive of this directory").await
 }
 
 async fn keep_expired(
@@ -550,32 +460,11 @@ fn show(report: &Report, ground: Ground<'_>, args: &Args) -> Result<(), Failure>
     answer(&lines.join("\n"))
 }
 
-/// A line on stderr that tells how far it is, on a terminal.
-struct Progress(ProgressBar);
-
-impl Progress {
-    fn new(args: &Args) -> Self {
-        let bar = match std::io::stderr().is_terminal() && !args.json {
-            true => ProgressBar::new_spinner(),
-            false => ProgressBar::hidden(),
-        };
-        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
-            bar.set_style(style);
-        }
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Self(bar)
-    }
-}
+/// Tells how far it is.
+struct Progress(Line);
 
 impl Watcher for Progress {
     fn progressed(&mut self, home: u64, left: u64) {
-        self.0
-            .set_message(format!("{home} letter(s) home, {left} stay"));
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.0.say(format!("{home} letter(s) home, {left} stay"));
     }
 }

@@ -11,7 +11,9 @@ use crate::dynamo::Regions;
 use crate::dynamo::clock::host_ms;
 use crate::error::{Exit, Failure};
 use crate::lease::orphans::readable;
-use crate::lease::row::{ControlRow, DoubtRow, GapRow, PauseRow, Row, ShardRow, WorkerRow};
+use crate::lease::row::{
+    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, Row, ShardRow, WorkerRow,
+};
 use crate::lease::rules::worker_of;
 use crate::lease::table::StateTable;
 use crate::observe::board::RETENTION_MS;
@@ -120,7 +122,14 @@ impl Found {
                 Row::Worker(row) => found.workers.push(row),
                 Row::Doubt(row) => found.doubts.push(row),
                 Row::Pause(row) if row.is_closed() => found.pauses.push(row),
-                Row::Stream(_) | Row::Pause(_) | Row::Job(_) | Row::Other(_) => {}
+                Row::Job(row) => {
+                    if let Some(table) = row.unfinished(now_ms) {
+                        let reason = GapReason::ReconcileUnfinished;
+                        let (epoch, at) = (row.epoch, row.at.clone());
+                        found.gaps.push(GapRow::new(epoch, table, reason, "", at));
+                    }
+                }
+                Row::Stream(_) | Row::Pause(_) | Row::Other(_) => {}
             }
         }
         found.keep_current(loaded);

@@ -229,6 +229,36 @@ pub const KEYS: &[Key] = &[
         "1000",
         "More records of a table refused within a minute close its tap, and so do more than half of at least 100 records: then the schemas have diverged, and no record is to blame. 0 turns both off. Counted in each worker.",
     ),
+    key(
+        "reconcile.read_units_per_second",
+        "number",
+        "500",
+        "Read units per second that `reconcile` spends on each side; 0 means no limit. A sixth of what one partition gives: the application keeps the rest.",
+    ),
+    key(
+        "reconcile.segments",
+        "number",
+        "0",
+        "Parts that each table is read in. 0 chooses by the table's size.",
+    ),
+    key(
+        "reconcile.memory",
+        "size",
+        "\"256 MB\"",
+        "Memory for items that wait for their partners. Where both tables come in the same order a few pages wait; where not, and this is full, those that have waited longest are looked up.",
+    ),
+    key(
+        "reconcile.settle",
+        "duration",
+        "\"5s\"",
+        "How long a suspect is looked at before it counts as a difference, where a worker applies changes. Longer than the worker is behind.",
+    ),
+    key(
+        "reconcile.max_deletes",
+        "number or part",
+        "\"1%\"",
+        "More items that only the target has are not deleted: the job ends before the first. A part is one of the target's items, and at least 10.",
+    ),
 ];
 
 /// Whether the concrete dotted `path` (labels and list indexes filled in) fits the pattern of a

@@ -25,6 +25,10 @@ pub struct Loaded {
 const OTHER_VARIABLES: &[&str] = &["FARSHORE_CONFIG", "FARSHORE_LOG", "FARSHORE_LONG"];
 const TEST_VARIABLES: &str = "FARSHORE_TEST_";
 
+/// One page of a scan; correct with less, and slow.
+const RECONCILE_MEMORY_MIN: u64 = 1 << 20;
+/// `TotalSegments` of a scan goes no higher.
+const SEGMENTS_MAX: u32 = 1_000_000;
 /// An item has up to 400 KB.
 const READ_AHEAD_MIN: u64 = 512 * 1024;
 
@@ -446,6 +450,7 @@ fn validate(config: &Config, environment: &[(String, String)]) -> Result<String,
         ("worker.shutdown_grace", config.worker.shutdown_grace, 100),
         ("leases.duration", config.leases.duration, 500),
         ("leases.late_effect", config.leases.late_effect, 1_000),
+        ("reconcile.settle", config.reconcile.settle, 100),
     ] {
         if duration.as_millis() < least_ms {
             return refuse(
@@ -464,6 +469,24 @@ fn validate(config: &Config, environment: &[(String, String)]) -> Result<String,
                 config.worker.read_ahead
             ),
             "Set at least 512 KiB",
+        );
+    }
+    if config.reconcile.memory.as_u64() < RECONCILE_MEMORY_MIN {
+        return refuse(
+            format!(
+                "reconcile.memory: {} holds less than a page",
+                config.reconcile.memory
+            ),
+            "Set at least 1 MiB",
+        );
+    }
+    if config.reconcile.segments > SEGMENTS_MAX {
+        return refuse(
+            format!(
+                "reconcile.segments: {} is more than DynamoDB reads a table in",
+                config.reconcile.segments
+            ),
+            "Set at most 1000000",
         );
     }
     match (

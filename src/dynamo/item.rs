@@ -3,6 +3,7 @@
 use std::fmt;
 
 use aws_sdk_dynamodb::types::AttributeValue;
+use aws_smithy_types::Blob;
 
 use super::value::{Item, canonical_number};
 
@@ -32,9 +33,33 @@ impl ItemKey {
         Self(bytes.into_boxed_slice())
     }
 
+    /// The identity of a whole item, by the key attributes that `names` has.
+    pub fn of(item: &Item, names: &Item) -> Self {
+        let keys = item.iter().filter(|(name, _)| names.contains_key(*name));
+        Self::new(&keys.map(|(n, v)| (n.clone(), v.clone())).collect())
+    }
+
     /// The canonical bytes.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
+    }
+
+    /// The key attributes themselves; numbers may be spelled otherwise than they were.
+    pub fn to_keys(&self) -> Item {
+        let mut keys = Item::new();
+        let mut rest: &[u8] = &self.0;
+        while let Some((_, name)) = take(&mut rest)
+            && let Some((kind, part)) = take(&mut rest)
+        {
+            let text = || String::from_utf8_lossy(part).into_owned();
+            let value = match kind {
+                b'n' => AttributeValue::N(text()),
+                b'b' => AttributeValue::B(Blob::new(part)),
+                _ => AttributeValue::S(text()),
+            };
+            keys.insert(String::from_utf8_lossy(name).into_owned(), value);
+        }
+        keys
     }
 
     /// An identity for tests and models.
@@ -48,6 +73,15 @@ fn push(bytes: &mut Vec<u8>, kind: u8, part: &[u8]) {
     bytes.push(kind);
     bytes.extend_from_slice(&(part.len() as u64).to_be_bytes());
     bytes.extend_from_slice(part);
+}
+
+/// What [`push`] put there: its kind and the part. `None` at the end.
+fn take<'a>(bytes: &mut &'a [u8]) -> Option<(u8, &'a [u8])> {
+    let (kind, rest) = bytes.split_first()?;
+    let (length, rest) = rest.split_first_chunk::<8>()?;
+    let (part, rest) = rest.split_at_checked(u64::from_be_bytes(*length) as usize)?;
+    *bytes = rest;
+    Some((*kind, part))
 }
 
 impl fmt::Debug for ItemKey {
@@ -80,6 +114,14 @@ mod tests {
             ItemKey::new(&keys(&[("a", s("1"))])),
             ItemKey::new(&keys(&[("a", n("1"))]))
         );
+        let all = keys(&[("a", n("-12.50")), ("b", s("größe")), ("c", s(""))]);
+        let blob = AttributeValue::B(Blob::new([0, 255]));
+        for keys in [all, keys(&[("a", blob)]), keys(&[])] {
+            assert_eq!(
+                ItemKey::new(&ItemKey::new(&keys).to_keys()),
+                ItemKey::new(&keys)
+            );
+        }
         assert_ne!(
             ItemKey::new(&keys(&[("a", s("xb")), ("b", s("y"))])),
             ItemKey::new(&keys(&[("a", s("x")), ("b", s("by"))]))

@@ -10,6 +10,7 @@ mod failpoint;
 pub mod item;
 pub mod json;
 pub mod pause;
+pub mod read;
 pub mod table;
 pub mod transmit;
 pub mod value;

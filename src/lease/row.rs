@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
-pub use job::JobRow;
+pub use job::{JobRow, RECONCILE};
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;
@@ -356,6 +356,9 @@ pub enum GapReason {
     StreamRecreated,
     /// A shard that was being read is gone before its end.
     ShardVanished,
+    /// A repair of the table did not come to its end: what it wrote last may be older than what was
+    /// there. Told by the job's own row, and never stored as a gap.
+    ReconcileUnfinished,
 }
 
 impl GapReason {
@@ -366,6 +369,7 @@ impl GapReason {
             GapReason::Trimmed => "trimmed",
             GapReason::StreamRecreated => "stream-recreated",
             GapReason::ShardVanished => "shard-vanished",
+            GapReason::ReconcileUnfinished => "reconcile-unfinished",
         }
     }
 
@@ -373,10 +377,13 @@ impl GapReason {
     pub const fn next_step(self) -> &'static str {
         match self {
             GapReason::NeverCopied => {
-                "Copy what the source table held before replication began, then remove the row"
+                "Copy what the source table held before replication began with `farshore reconcile --apply`, then remove the row"
             }
             GapReason::Trimmed | GapReason::StreamRecreated | GapReason::ShardVanished => {
-                "Compare source and replica and mend what differs, then remove the row"
+                "Mend what differs with `farshore reconcile --apply`, then remove the row"
+            }
+            GapReason::ReconcileUnfinished => {
+                "Run the same `farshore reconcile --apply` again, to its end"
             }
         }
     }

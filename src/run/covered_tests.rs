@@ -146,7 +146,8 @@ impl World {
                 continue;
             }
             let mut over = false;
-            for index in at..self.keys.len().min(at + page) {
+            let begin = at;
+            for index in begin..self.keys.len().min(begin + page) {
                 if index > doubt.to {
                     over = true;
                     break;

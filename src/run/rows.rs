@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
-use crate::dynamo::clock::uptime;
+use crate::dynamo::clock::{host_ms, uptime};
 use crate::lease::row::{
-    ControlRow, DoubtRow, GapRow, PauseRow, Row, ShardRow, StreamRow, WorkerRow,
+    ControlRow, DoubtRow, GapReason, GapRow, JobRow, PauseRow, Row, ShardRow, StreamRow, WorkerRow,
 };
 use crate::lease::rules::Observer;
 use crate::lease::table::StateTable;
@@ -170,6 +170,7 @@ fn digest(
         ..Snapshot::default()
     };
     let mut gaps: Vec<GapRow> = Vec::new();
+    let mut jobs: Vec<JobRow> = Vec::new();
     for row in rows {
         match row {
             Row::Shard(row) => snapshot.shards.push(row),
@@ -179,13 +180,23 @@ fn digest(
             Row::Doubt(row) => snapshot.doubts.push(row),
             Row::Pause(row) => snapshot.pauses.push(row),
             Row::Control(row) => snapshot.control = Some(row),
-            Row::Job(_) | Row::Other(_) => {}
+            Row::Job(row) => jobs.push(row),
+            Row::Other(_) => {}
         }
     }
-    health.set_gaps(
-        gaps.iter()
-            .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str())),
-    );
+    let stored = gaps
+        .iter()
+        .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str()));
+    let now_ms = host_ms();
+    let unfinished = jobs.iter().filter_map(|job| {
+        let table = job.unfinished(now_ms)?;
+        Some((
+            table,
+            GapReason::ReconcileUnfinished,
+            job.lease_key.as_str(),
+        ))
+    });
+    health.set_gaps(stored.chain(unfinished));
     let now = Instant::now();
     observers.shards.observe(snapshot.shards.iter(), now);
     observers.workers.observe(snapshot.workers.iter(), now);

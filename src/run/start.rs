@@ -6,15 +6,14 @@ use std::future::Future;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::primitives::Blob;
-use aws_sdk_dynamodb::types::{
-    AttributeValue, KeysAndAttributes, StreamViewType, TableDescription,
-};
+use aws_sdk_dynamodb::types::{AttributeValue, StreamViewType, TableDescription};
 use futures::future::join_all;
 
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table, TtlDeletes};
 use crate::dead_letter::Store;
+use crate::dynamo::read::batch_get;
 use crate::dynamo::table::{
     KeyPart, describe, enabled_stream, holds_new_images, primary_key, show_key, ttl_attribute,
 };
@@ -284,20 +283,8 @@ async fn check_repairing(
         (target, to, Operation::ReadReplica),
     ] {
         let name = table.table_name().unwrap_or_default();
-        let asked = patiently(|| async {
-            let request = KeysAndAttributes::builder().keys(any_key(key)).build();
-            let request = request.map_err(|error| {
-                Fault::own(
-                    operation,
-                    Class::Unknown,
-                    "request not built",
-                    error.to_string(),
-                )
-            })?;
-            let call = region.tables.batch_get_item().request_items(name, request);
-            let answer = call.send().await;
-            answer.map_err(|error| classify(operation, &error))
-        });
+        let keys = [any_key(key)];
+        let asked = patiently(|| batch_get(operation, (&region.tables, name), &keys));
         if let Err(fault) = asked.await {
             return Err(Failure::from_fault(
                 format!(
@@ -327,7 +314,7 @@ async fn check_repairing(
 }
 
 /// A key of the right form; whether there is such an item does not matter.
-fn any_key(key: &[KeyPart]) -> HashMap<String, AttributeValue> {
+pub fn any_key(key: &[KeyPart]) -> HashMap<String, AttributeValue> {
     key.iter()
         .map(|part| {
             let value = match part.kind.as_str() {

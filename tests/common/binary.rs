@@ -41,7 +41,7 @@ type Started = mpsc::Sender<io::Result<Child>>;
 
 /// Starts a process from a thread that lives as long as this process does: the threads of a runtime
 /// come and go, and would take the process with them.
-fn spawn(command: Command) -> io::Result<Child> {
+pub fn spawn(command: Command) -> io::Result<Child> {
     static STARTER: OnceLock<Mutex<mpsc::Sender<(Command, Started)>>> = OnceLock::new();
     let starter = STARTER.get_or_init(|| {
         let (orders, next) = mpsc::channel::<(Command, Started)>();

@@ -3,6 +3,7 @@
 
 pub mod faults;
 pub mod poison;
+pub mod reconcile;
 pub mod shapes;
 
 use std::sync::Arc;

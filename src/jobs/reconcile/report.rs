@@ -1,0 +1,129 @@
+//! What a comparison found: numbers for a summary, lines for whoever looks into it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::judge::{Held, Kind};
+use crate::dynamo::json::item_to_json;
+use crate::dynamo::value::Item;
+
+/// What was found in one table, and done.
+#[derive(Debug, Default, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Counts {
+    /// Items scanned in the source.
+    pub source_items: u64,
+    /// Items scanned in the target.
+    pub target_items: u64,
+    /// Read units spent in the source.
+    pub source_units: f64,
+    /// Read units spent in the target.
+    pub target_units: f64,
+    /// Keys that the scans saw differ.
+    pub suspects: u64,
+    /// Differences: items that only the source has.
+    pub missing: u64,
+    /// Differences: items that both have, not the same.
+    pub changed: u64,
+    /// Differences: items that only the target has.
+    pub extra: u64,
+    /// Keys that changed all the time, or whose changes were not applied while they were looked at.
+    pub unsettled: u64,
+    /// Keys that are as in the source now.
+    pub repaired: u64,
+    /// Keys that the target refuses to take.
+    pub refused: u64,
+    /// Keys that were being written when that was cut short: they may hold something older.
+    pub unverified: u64,
+}
+
+impl Counts {
+    /// Counts a difference.
+    pub fn differs(&mut self, kind: Kind) {
+        match kind {
+            Kind::Missing => self.missing += 1,
+            Kind::Changed => self.changed += 1,
+            Kind::Extra => self.extra += 1,
+        }
+    }
+
+    /// Differences found.
+    pub fn different(&self) -> u64 {
+        self.missing + self.changed + self.extra
+    }
+
+    /// Differences that are still there, and keys nobody can speak for.
+    pub fn left(&self) -> u64 {
+        self.different().saturating_sub(self.repaired) + self.unsettled
+    }
+}
+
+/// A file of one JSON line for each difference, readable by its owner only: it holds keys.
+pub struct Lines {
+    file: Mutex<BufWriter<File>>,
+    images: bool,
+}
+
+impl Lines {
+    /// A new file. `images`: with both items, whole.
+    ///
+    /// # Errors
+    /// It cannot be made, or is there already: a report is not written over.
+    pub fn create(path: &Path, images: bool) -> std::io::Result<Self> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        Ok(Self {
+            file: Mutex::new(BufWriter::new(file)),
+            images,
+        })
+    }
+
+    /// One difference, or a key that could not be settled (`kind` is `None`).
+    pub(super) fn write(&self, line: &Line<'_>) -> std::io::Result<()> {
+        let digest = |held: Held| match held {
+            Held::Nothing => Value::Null,
+            Held::Item(digest) => digest.map_or_else(|| json!("?"), |d| json!(d.to_string())),
+        };
+        let mut value = json!({
+            "table": line.table,
+            "key": item_to_json(line.key),
+            "kind": line.kind.map_or("unsettled", Kind::label),
+            "sourceDigest": digest(line.source.0),
+            "targetDigest": digest(line.target.0),
+        });
+        if self.images {
+            value["source"] = line.source.1.map_or(Value::Null, item_to_json);
+            value["target"] = line.target.1.map_or(Value::Null, item_to_json);
+        }
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        writeln!(file, "{value}")
+    }
+
+    /// Everything written is on the disk.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn finish(&self) -> std::io::Result<()> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.flush()?;
+        file.get_ref().sync_all()
+    }
+}
+
+/// What a line says.
+pub(super) struct Line<'a> {
+    pub table: &'a str,
+    pub key: &'a Item,
+    pub kind: Option<Kind>,
+    pub source: (Held, Option<&'a Item>),
+    pub target: (Held, Option<&'a Item>),
+}
