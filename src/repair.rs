@@ -33,6 +33,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
@@ -204,6 +205,8 @@ pub struct Repairer<'a> {
     pub stop: &'a CancellationToken,
     /// Items that stay although the source lacks them.
     pub keep_expired: Option<KeepExpired>,
+    /// Set once a write took effect, or may have: a repair that is left then has to be made again.
+    pub wrote: Option<&'a AtomicBool>,
 }
 
 /// What a repair did.
@@ -351,6 +354,12 @@ impl Repairer<'_> {
                 return Err(Unfinished::Stopped);
             }
             let sent = self.writer.write(&self.bound, self.stop, ops).await;
+            let any = |outcome: &Outcome| matches!(outcome, Outcome::Applied);
+            if let Some(wrote) = self.wrote
+                && (sent.unanswered.is_some() || sent.outcomes.iter().any(|(_, one)| any(one)))
+            {
+                wrote.store(true, Ordering::Relaxed);
+            }
             if sent.unanswered.is_some() {
                 return Err(Unfinished::Unanswered(sent.fault.unwrap_or_else(|| {
                     Fault::own(

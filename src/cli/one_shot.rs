@@ -3,7 +3,7 @@
 
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio_util::sync::CancellationToken;
@@ -13,10 +13,9 @@ use crate::dynamo::RegionClients;
 use crate::dynamo::clock::rfc3339;
 use crate::error::{Failure, Fault};
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::JobRow;
-use crate::lease::rules::take_name;
+use crate::lease::row::{JobRow, Row};
+use crate::lease::rules::{Observer, take_name};
 use crate::lease::table::StateTable;
-use crate::run::owner;
 use crate::run::start::unusable;
 
 /// The flow that is written in.
@@ -31,83 +30,197 @@ pub(super) struct Flow<'a> {
     pub(super) epoch: u64,
     /// Tables written to, by their names in the configuration; none means all.
     pub(super) tables: &'a [String],
+    /// Whether the tap counts: not for what is written against the flow.
+    pub(super) heeds_tap: bool,
+    /// The state table of the region that is read from: nobody may feed the tables there.
+    pub(super) other: Option<&'a StateTable>,
+}
+
+/// Whether somebody feeds the tables that are read from.
+pub(super) enum Fed {
+    No,
+    /// This one owns a shard, and may be dead.
+    Maybe(String),
+    /// This one has renewed a lease since the first look.
+    Yes(String),
+}
+
+/// Looks at the owners of shards, the first one and those since.
+pub(super) struct Owners {
+    first: Option<Instant>,
+    observer: Observer,
+}
+
+impl Owners {
+    pub(super) fn new() -> Self {
+        Self {
+            first: None,
+            observer: Observer::default(),
+        }
+    }
+
+    fn first_look(&mut self, now: Instant) -> Instant {
+        *self.first.get_or_insert(now)
+    }
+}
+
+/// Why nothing may be written now.
+enum Closed {
+    Until(String),
+    /// Somebody may feed the other way round: a second look tells.
+    Maybe,
 }
 
 impl Flow<'_> {
-    /// Why nothing may be written now: the epoch has moved, or a tap is closed.
-    async fn closed(&self) -> Result<Option<String>, Fault> {
-        if let Some(control) = self.state.control().await?
-            && (control.epoch != self.epoch || control.active != self.active)
-        {
-            return Ok(Some(format!(
-                "the active region is {} since epoch {}",
-                control.active, control.epoch
-            )));
+    /// Why nothing may be written now: the epoch has moved, somebody feeds the other way round, or a tap
+    /// is closed.
+    async fn closed(&self, owners: &mut Owners) -> Result<Option<Closed>, Fault> {
+        for state in std::iter::once(self.state).chain(self.other) {
+            // A lower one is of a region that a failover left behind: the highest epoch wins.
+            if let Some(control) = state.control().await?
+                && (control.epoch > self.epoch
+                    || control.epoch == self.epoch && control.active != self.active)
+            {
+                let (active, epoch) = (control.active, control.epoch);
+                let why = format!("the active region is {active} since epoch {epoch}");
+                return Ok(Some(Closed::Until(why)));
+            }
+        }
+        let mut maybe = None;
+        match self.fed_the_other_way(owners).await? {
+            Fed::Yes(owner) => {
+                let why = format!("the worker {owner} feeds the other way round");
+                return Ok(Some(Closed::Until(why)));
+            }
+            Fed::Maybe(_) => maybe = Some(Closed::Maybe),
+            Fed::No => {}
+        }
+        if !self.heeds_tap {
+            return Ok(maybe);
         }
         let mut pauses = vec![self.state.pause(None).await?];
         for table in &self.config.tables {
-            if self.tables.is_empty() || self.tables.contains(&table.name) {
+            if self.writes_to(&table.name) {
                 pauses.push(self.state.pause(Some(&table.name)).await?);
             }
         }
         let standing = pauses.into_iter().flatten().find(|row| row.is_closed());
-        Ok(standing.map(|row| {
+        let closed = standing.map(|row| {
             let subject = row.table.unwrap_or_else(|| "all tables".to_owned());
-            format!(
+            Closed::Until(format!(
                 "the tap of {subject} is closed by {}: {}",
                 row.by, row.reason
-            )
-        }))
+            ))
+        });
+        Ok(closed.or(maybe))
+    }
+
+    fn writes_to(&self, table: &str) -> bool {
+        self.tables.is_empty() || self.tables.iter().any(|name| name == table)
+    }
+
+    /// Whether somebody feeds the tables that are read from: what is written would come back, and newer
+    /// items would be lost.
+    pub(super) async fn fed_the_other_way(&self, owners: &mut Owners) -> Result<Fed, Fault> {
+        let Some(other) = self.other else {
+            return Ok(Fed::No);
+        };
+        let mut shards = Vec::new();
+        for row in other.rows().await? {
+            if let Row::Shard(row) = row
+                && self.writes_to(&row.table)
+                && !row.is_finished()
+            {
+                shards.push(row);
+            }
+        }
+        let now = Instant::now();
+        let first = owners.first_look(now);
+        owners.observer.observe(shards.iter(), now);
+        let mut fed = Fed::No;
+        for row in shards {
+            if owners.observer.is_takeable(&row, self.patience(), now) {
+                continue;
+            }
+            let moved = owners.observer.still_since(&row) > Some(first);
+            let Some(owner) = row.lease_owner else {
+                continue;
+            };
+            if moved {
+                return Ok(Fed::Yes(owner));
+            }
+            fed = Fed::Maybe(owner);
+        }
+        Ok(fed)
+    }
+
+    /// An owner whose row does not move for so long is dead.
+    fn patience(&self) -> Duration {
+        self.config.leases.duration * 2
     }
 
     pub(super) async fn refuse_closed(&self) -> Result<(), Failure> {
         let failed = |fault: Fault| unusable(self.region, self.state.name(), &fault);
-        match self.closed().await.map_err(failed)? {
-            None => Ok(()),
-            Some(why) => Err(Failure::new(
-                "Nothing may be written to the replica now",
+        let mut owners = Owners::new();
+        loop {
+            let why = match self.closed(&mut owners).await.map_err(failed)? {
+                None => return Ok(()),
+                Some(Closed::Until(why)) => why,
+                // One that was killed owns its shards for ever, where nobody takes them.
+                Some(Closed::Maybe) => {
+                    tokio::time::sleep(self.config.leases.duration / 3).await;
+                    continue;
+                }
+            };
+            return Err(Failure::new(
+                "Nothing may be written there now",
                 why,
-                "Open the tap with `farshore resume` (or name one open table with --table), and ask again",
-            )),
+                "Open the tap with `farshore resume` (or name one open table with --table), or stop the worker that is named, and ask again",
+            ));
         }
     }
 
-    /// Cancels `stop` when the epoch moves or a tap closes, and says why in `ended`; until `done`.
+    /// Cancels `stop` when the epoch moves, a tap closes or somebody feeds the other way round, and says
+    /// why in `ended`; until `done`.
     pub(super) async fn watch(
         &self,
         stop: &CancellationToken,
         done: &CancellationToken,
         ended: &Mutex<Option<String>>,
     ) {
+        let mut owners = Owners::new();
         loop {
-            tokio::select! {
-                () = done.cancelled() => return,
-                () = tokio::time::sleep(self.config.leases.duration / 3) => {}
-            }
             // A failure says nothing; the hold ends by itself where the state table stays away.
-            if let Ok(Some(why)) = self.closed().await {
+            if let Ok(Some(Closed::Until(why))) = self.closed(&mut owners).await {
                 *ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
                 stop.cancel();
                 return;
             }
+            tokio::select! {
+                () = done.cancelled() => return,
+                () = tokio::time::sleep(self.config.leases.duration / 3) => {}
+            }
         }
     }
 
-    /// Takes the row of a job. `subject` names the job in messages: one at a time may have it.
+    /// Takes the row of a job for `me`. `subject` names the job in messages: one at a time may have it.
+    /// Says whether the row of one that died was taken over.
     pub(super) async fn hold(
         &self,
         row: JobRow,
+        me: &str,
         subject: &str,
-    ) -> Result<Arc<Hold<JobRow>>, Failure> {
+    ) -> Result<(Arc<Hold<JobRow>>, bool), Failure> {
         let terms = Terms {
             state: self.state.clone(),
             clock: Arc::clone(&self.region.clock),
             duration: self.config.leases.duration,
             late_effect: self.config.leases.late_effect,
         };
-        let holder = take_name(&owner(), rand::random());
+        let holder = take_name(me, rand::random());
         let failed = |fault: Fault| unusable(self.region, self.state.name(), &fault);
         let known = self.state.job(&row.lease_key).await.map_err(failed)?;
+        let took_over = known.is_some();
         let held = match known {
             None => Hold::create(terms, row, holder).await,
             Some(known) if known.until <= self.region.clock.now_ms() => {
@@ -130,13 +243,14 @@ impl Flow<'_> {
                 ));
             }
         };
-        held.map_err(failed)?.ok_or_else(|| {
-            Failure::new(
+        match held.map_err(failed)? {
+            Some(hold) => Ok((hold, took_over)),
+            None => Err(Failure::new(
                 format!("Another {subject} began at the same moment"),
-                "Both would have worked at the same items",
+                "Both would have worked at the same items or letters",
                 "Wait until it has ended, and ask again",
-            )
-        })
+            )),
+        }
     }
 }
 

@@ -332,19 +332,23 @@ fn flow<'a>(loaded: &'a Loaded, ground: Ground<'a>, wanted: &'a [String]) -> Flo
         active: ground.source,
         epoch: ground.epoch,
         tables: wanted,
+        heeds_tap: true,
+        other: None,
     }
 }
 
 /// The row of this job. A directory has one job at a time, for it hides nothing from a second one.
 async fn hold(flow: Flow<'_>, ground: Ground<'_>) -> Result<Arc<Hold<JobRow>>, Failure> {
+    let me = owner();
     let id = match ground.dead_letters {
-        Store::Queue(_) => owner().replace('#', "-"),
+        Store::Queue(_) => me.replace('#', "-"),
         Store::Directory(directory) => directory.place().display().to_string(),
     };
     let at = rfc3339(host_ms());
     let (source, target) = (ground.source, &ground.target.label);
     let row = JobRow::new(KIND, &id, ground.epoch, source, target, at);
-    flow.hold(row, "redrive of this directory").await
+    let held = flow.hold(row, &me, "redrive of this directory").await?;
+    Ok(held.0)
 }
 
 async fn keep_expired(

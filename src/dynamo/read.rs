@@ -73,8 +73,8 @@ pub struct ScanPage {
     pub units: f64,
 }
 
-/// Reads a page of the part `segment` of `segments` of a table, eventually consistent: for half the
-/// price, and what it misses is in flight.
+/// Reads a page of the part `segment.0` of `segment.1` of a table, eventually consistent: for half the
+/// price, and what it misses is in flight. `limit`: at most so many items.
 ///
 /// # Errors
 /// The fault of the call.
@@ -82,6 +82,7 @@ pub async fn scan_page(
     table: (&Client, &str),
     segment: (i32, i32),
     after: Option<Item>,
+    limit: Option<i32>,
 ) -> Result<ScanPage, Fault> {
     let answer = table
         .0
@@ -90,6 +91,7 @@ pub async fn scan_page(
         .segment(segment.0)
         .total_segments(segment.1)
         .set_exclusive_start_key(after)
+        .set_limit(limit)
         .return_consumed_capacity(ReturnConsumedCapacity::Total)
         .send()
         .await

@@ -425,6 +425,7 @@ impl<'a> DoubtRepair<'a> {
                 bound: Arc::clone(&self.claim) as _,
                 stop: self.stop,
                 keep_expired: self.keep_expired.clone(),
+                wrote: None,
             };
             let begun = uptime();
             match repairer.repair(chunk.iter().cloned()).await {

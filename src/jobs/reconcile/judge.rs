@@ -17,10 +17,9 @@ use crate::lease::rules::Observer;
 
 /// Looks that have to agree.
 const LOOKS_THAT_AGREE: u32 = 3;
-/// Looks after which a key counts as unsettled.
-const LOOKS_MAX: u32 = 24;
-/// Beyond the rounding of stream times: clocks of hosts that differ.
-const MARGIN_MS: i64 = 1_000;
+/// Beyond a watermark: stream times are whole seconds, and clocks of hosts may differ by two more
+/// without being corrected.
+const MARGIN_MS: i64 = 3_000;
 
 /// What one side holds under a key.
 #[derive(Debug, Clone, Copy)]
@@ -111,26 +110,35 @@ pub struct Suspicion {
     /// What the looks that agree saw, and when the first of them began.
     seen: Option<(Held, Held, i64)>,
     agree: u32,
-    looks: u32,
+    /// When the first look of all began.
+    since_ms: Option<i64>,
 }
 
 impl Suspicion {
     /// Both sides were read, the source first. `at_ms`: before that, by the source's clock. `flow`:
-    /// how far changes were applied before the target was read. `None`: look again.
-    pub fn look(&mut self, source: Held, target: Held, at_ms: i64, flow: Flow) -> Option<Verdict> {
+    /// how far changes were applied before the target was read. `patience_ms`: a key that is not settled
+    /// so long after its first look never will be. `None`: look again.
+    pub fn look(
+        &mut self,
+        source: Held,
+        target: Held,
+        at_ms: i64,
+        flow: Flow,
+        patience_ms: i64,
+    ) -> Option<Verdict> {
         let Some(kind) = Kind::of(source, target) else {
             return Some(Verdict::Equal);
         };
         if flow == Flow::Still {
             return Some(Verdict::Differs(kind));
         }
-        self.looks += 1;
+        let since_ms = *self.since_ms.get_or_insert(at_ms);
         match &self.seen {
-            Some((known_source, known_target, since_ms))
+            Some((known_source, known_target, first_ms))
                 if *known_source == source && *known_target == target =>
             {
                 self.agree += 1;
-                if self.agree >= LOOKS_THAT_AGREE && flow.has_passed(*since_ms) {
+                if self.agree >= LOOKS_THAT_AGREE && flow.has_passed(*first_ms) {
                     return Some(Verdict::Differs(kind));
                 }
             }
@@ -139,17 +147,22 @@ impl Suspicion {
                 self.agree = 1;
             }
         }
-        (self.looks >= LOOKS_MAX).then_some(Verdict::Unsettled)
+        (at_ms - since_ms >= patience_ms).then_some(Verdict::Unsettled)
     }
 }
 
 /// Tells from the rows of the state table how far a table's changes are applied.
 #[derive(Debug, Default)]
-pub struct FlowWatch(Observer);
+pub struct FlowWatch {
+    rows: Observer,
+    /// When it began to look.
+    begun: Option<Instant>,
+}
 
 impl FlowWatch {
-    /// `rows` are all rows, as they were read at `now`. `patience`: an owner whose row does not move
-    /// for so long is dead.
+    /// `rows` are all rows, as they were read at `now`. Nobody applies changes once no row has moved for
+    /// `patience`, owned or not: a worker that is being replaced leaves its shards without an owner for
+    /// a moment.
     pub fn see(
         &mut self,
         rows: &[Row],
@@ -158,26 +171,33 @@ impl FlowWatch {
         now: Instant,
         patience: Duration,
     ) -> Flow {
-        let shards: Vec<&ShardRow> = rows
+        let of_table: Vec<&ShardRow> = rows
             .iter()
             .filter_map(|row| match row {
-                Row::Shard(row) => Some(row),
+                Row::Shard(row) if row.table == table => Some(row),
                 _ => None,
             })
-            .filter(|row| row.epoch == epoch && row.table == table && !row.is_finished())
             .collect();
-        self.0.observe(shards.iter().copied(), now);
-        if shards
-            .iter()
-            .all(|row| self.0.is_takeable(row, patience, now))
-        {
+        self.rows.observe(of_table.iter().copied(), now);
+        let begun = *self.begun.get_or_insert(now);
+        let is_old = |since: Instant| now.saturating_duration_since(since) >= patience;
+        // Where nobody ever followed the table there is nobody to wait for.
+        let is_still = of_table.is_empty()
+            || (is_old(begun)
+                && of_table
+                    .iter()
+                    .all(|row| self.rows.still_since(*row).is_some_and(is_old)));
+        if is_still {
             return Flow::Still;
         }
         let in_doubt = rows
             .iter()
             .any(|row| matches!(row, Row::Doubt(row) if row.epoch == epoch && row.table == table));
+        let open = of_table
+            .iter()
+            .filter(|row| row.epoch == epoch && !row.is_finished());
         // A shard without a watermark has not applied anything: `None` is before everything.
-        match shards.iter().map(|row| row.watermark).min().flatten() {
+        match open.map(|row| row.watermark).min().flatten() {
             Some(until_ms) if !in_doubt => Flow::Until(until_ms),
             _ => Flow::Unknown,
         }

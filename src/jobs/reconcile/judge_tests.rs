@@ -23,12 +23,12 @@ fn what_nobody_will_mend_is_a_difference_at_once() {
         (None, Some(1), Kind::Extra),
     ] {
         let mut suspicion = Suspicion::default();
-        let verdict = suspicion.look(held(source), held(target), 0, Flow::Still);
+        let verdict = suspicion.look(held(source), held(target), 0, Flow::Still, 60_000);
         assert_eq!(verdict, Some(Verdict::Differs(kind)));
     }
     let unknown = Held::Item(None);
     let mut suspicion = Suspicion::default();
-    let verdict = suspicion.look(unknown, unknown, 0, Flow::Still);
+    let verdict = suspicion.look(unknown, unknown, 0, Flow::Still, 60_000);
     assert_eq!(verdict, Some(Verdict::Differs(Kind::Changed)));
 }
 
@@ -36,11 +36,11 @@ fn what_nobody_will_mend_is_a_difference_at_once() {
 fn what_is_not_applied_yet_is_unsettled_and_no_difference() {
     for flow in [Flow::Unknown, Flow::Until(1_000)] {
         let mut suspicion = Suspicion::default();
-        let mut verdict = None;
-        for look in 0..LOOKS_MAX {
-            assert_eq!(verdict, None, "look {look}");
-            verdict = suspicion.look(held(Some(1)), held(None), 1_000, flow);
+        for at_ms in (1_000..61_000).step_by(2_500) {
+            let verdict = suspicion.look(held(Some(1)), held(None), at_ms, flow, 60_000);
+            assert_eq!(verdict, None, "{at_ms}");
         }
+        let verdict = suspicion.look(held(Some(1)), held(None), 61_000, flow, 60_000);
         assert_eq!(verdict, Some(Verdict::Unsettled));
     }
 }
@@ -57,7 +57,7 @@ fn never_drift(values: &[Option<u8>], lag: usize, gaps: &[usize]) -> Result<(), 
         let at_ms = step as i64 * 10_000;
         let source = at(step);
         let target = at((step + 1).saturating_sub(lag));
-        let verdict = suspicion.look(held(source), held(target), at_ms, flow);
+        let verdict = suspicion.look(held(source), held(target), at_ms, flow, 200_000);
         match verdict {
             Some(Verdict::Differs(_)) => {
                 prop_assert!(false, "what is in flight was called a difference at {step}");
@@ -97,14 +97,14 @@ proptest! {
         for (source, target) in before {
             at_ms += 2_500;
             let flow = Flow::Until(at_ms - 300);
-            if suspicion.look(held(source), held(target), at_ms, flow).is_some() {
+            if suspicion.look(held(source), held(target), at_ms, flow, 200_000).is_some() {
                 return Ok(());
             }
         }
         for _ in 0..LOOKS_THAT_AGREE + 2 {
             at_ms += 2_500;
             let flow = Flow::Until(at_ms - 300);
-            if let Some(verdict) = suspicion.look(held(source), held(target), at_ms, flow) {
+            if let Some(verdict) = suspicion.look(held(source), held(target), at_ms, flow, 200_000) {
                 prop_assert_eq!(verdict, Verdict::Differs(kind));
                 return Ok(());
             }
@@ -130,36 +130,40 @@ fn the_flow_is_as_far_as_its_slowest_shard() {
         let now = begin + Duration::from_secs(seconds);
         watch.see(rows, 1, "orders", now, patience)
     };
-    assert_eq!(see(&[], 0), Flow::Still);
+    assert_eq!(see(&[], 0), Flow::Still, "nobody ever followed it");
     let owned = |id: &str, at: Option<i64>| Row::Shard(row(id, Some("me"), at));
     let both = [owned("a", Some(7)), owned("b", Some(5))];
     assert_eq!(see(&both, 0), Flow::Until(5));
     let begun = [owned("a", Some(7)), owned("b", None)];
     assert_eq!(see(&begun, 1), Flow::Unknown);
-    // One that nobody owns holds the flow back, too.
+    // One that nobody owns holds the flow back, too: it may be on its way to another worker.
     let left = [owned("a", Some(7)), Row::Shard(row("b", None, Some(3)))];
     assert_eq!(see(&left, 2), Flow::Until(3));
-    let finished = |id: &str| {
-        let mut row = row(id, None, None);
-        row.checkpoint = crate::lease::row::SHARD_END.to_owned();
-        Row::Shard(row)
-    };
-    assert_eq!(
-        see(&[owned("a", Some(7)), finished("b")], 3),
-        Flow::Until(7)
-    );
+    let mut finished = row("b", None, None);
+    finished.checkpoint = crate::lease::row::SHARD_END.to_owned();
+    let ended = [owned("a", Some(7)), Row::Shard(finished)];
+    assert_eq!(see(&ended, 3), Flow::Until(7));
+    // A restart: for a moment nobody owns anything.
     let none = [Row::Shard(row("a", None, Some(7)))];
-    assert_eq!(see(&none, 4), Flow::Still);
+    assert_eq!(see(&none, 4), Flow::Until(7));
+    assert_eq!(see(&none, 9), Flow::Until(7));
+    assert_eq!(see(&none, 10), Flow::Still, "nothing has moved for so long");
     // An owner whose row stands still is dead.
-    assert_eq!(see(&both, 20), Flow::Until(5));
-    assert_eq!(see(&both, 29), Flow::Until(5));
-    assert_eq!(see(&both, 31), Flow::Still);
+    let mut taken = row("a", Some("me"), Some(8));
+    taken.lease_counter = 1;
+    let held = [Row::Shard(taken.clone())];
+    assert_eq!(see(&held, 20), Flow::Until(8));
+    assert_eq!(see(&held, 29), Flow::Until(8));
+    assert_eq!(see(&held, 30), Flow::Still);
+    taken.lease_counter = 2;
     let from = Position::TrimHorizon;
     let shard = ShardId("a".to_owned());
     let (cause, at) = (DoubtCause::Unanswered, String::new());
     let doubt = DoubtRow::new(1, "orders", "arn/stream/1", &shard, cause, &from, 0, at);
-    let mut taken = row("a", Some("me"), Some(8));
-    taken.lease_counter = 1;
     let in_doubt = [Row::Shard(taken), Row::Doubt(doubt)];
-    assert_eq!(see(&in_doubt, 32), Flow::Unknown);
+    assert_eq!(see(&in_doubt, 31), Flow::Unknown);
+    // Of another epoch: whoever follows this one has not begun.
+    let mut old = row("c", None, Some(9));
+    old.epoch = 0;
+    assert_eq!(see(&[Row::Shard(old)], 32), Flow::Unknown);
 }

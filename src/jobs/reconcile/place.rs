@@ -82,7 +82,7 @@ impl Place {
     pub async fn scan(&self, segment: (i32, i32), after: Option<Item>) -> Result<ScanPage, Ended> {
         let table = (&self.region.tables, self.table.as_str());
         let page = self
-            .patiently(async || scan_page(table, segment, after.clone()).await)
+            .patiently(async || scan_page(table, segment, after.clone(), None).await)
             .await?;
         self.items
             .fetch_add(page.items.len() as u64, Ordering::Relaxed);

@@ -1,7 +1,8 @@
 //! Looks at suspects until they are settled, and repairs those that differ.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
@@ -19,7 +20,7 @@ use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::BATCH_KEYS_MAX;
 use crate::dynamo::value::Item;
-use crate::error::Operation;
+use crate::error::{Operation, Policy};
 use crate::repair::{self, Repairer, Unfinished};
 
 /// Suspects looked at in turns.
@@ -28,6 +29,12 @@ const OPEN_MAX: usize = 20_000;
 const CALLS_AT_ONCE: usize = 4;
 /// Looks fit into the time to settle so often.
 const LOOKS_IN_SETTLE: u32 = 2;
+/// How long a key is looked at before it counts as unsettled: so many times to settle, and until a dead
+/// worker is known to be dead.
+const PATIENT_SETTLES: u32 = 12;
+const PATIENT_FLOWS: u32 = 3;
+/// Keys remembered as judged; with more, they are forgotten and may be reported twice.
+const JUDGED_MAX: usize = 500_000;
 /// The state table is asked for the flow no more often.
 const FLOW_EVERY: Duration = Duration::from_millis(500);
 /// Batches repaired at once.
@@ -45,6 +52,11 @@ pub(super) struct Settler<'a> {
     /// Looked at before, in the order in which they are to be looked at again.
     waiting: VecDeque<Open>,
     differ: Vec<ItemKey>,
+    /// Those that are being looked at: one look may not name a key twice.
+    open: HashSet<Digest>,
+    /// Those that were called different: where the two sides come in other orders a key may be a
+    /// suspect twice.
+    judged: HashSet<Digest>,
     rest: Rest<'a>,
 }
 
@@ -70,9 +82,14 @@ impl<'a> Settler<'a> {
             fresh: VecDeque::new(),
             waiting: VecDeque::new(),
             differ: Vec::new(),
+            open: HashSet::new(),
+            judged: HashSet::new(),
             rest: Rest {
                 job,
-                extra: Spill::new().map_err(Ended::File)?,
+                extra: match job.repairs {
+                    Some(_) => Some(Spill::new().map_err(Ended::File)?),
+                    None => None,
+                },
                 unverified: Vec::new(),
             },
         })
@@ -90,7 +107,7 @@ impl<'a> Settler<'a> {
             let mut is_over = false;
             while self.fresh.len() + self.waiting.len() < OPEN_MAX {
                 match suspects.try_recv() {
-                    Ok(key) => self.fresh.push_back(key),
+                    Ok(key) => self.take_in(key),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
                         is_over = true;
@@ -119,8 +136,17 @@ impl<'a> Settler<'a> {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.job.stop.cancelled() => {}
-                key = suspects.recv(), if wanted => self.fresh.extend(key),
+                key = suspects.recv(), if wanted => if let Some(key) = key {
+                    self.take_in(key);
+                },
             }
+        }
+    }
+
+    fn take_in(&mut self, key: ItemKey) {
+        let digest = Digest::of_key(&key);
+        if !self.judged.contains(&digest) && self.open.insert(digest) {
+            self.fresh.push_back(key);
         }
     }
 
@@ -146,7 +172,7 @@ impl<'a> Settler<'a> {
     async fn look(&mut self, due: Vec<Open>) -> Result<(), Ended> {
         let at_ms = self.job.source.region().clock.now_ms();
         // Before the target is read.
-        let flow = self.flow().await;
+        let flow = self.flow().await?;
         let mut batches = Vec::new();
         let mut due = due.into_iter().peekable();
         while due.peek().is_some() {
@@ -186,9 +212,11 @@ impl<'a> Settler<'a> {
             source,
             target,
         } = look;
+        let id = Digest::of_key(&open.key);
         if let (None, Some(item), Some(keep)) = (&source, &target, &self.job.keep_expired)
             && keep.keeps(item, host_ms())
         {
+            self.open.remove(&id);
             return Ok(());
         }
         let held = |item: &Option<Item>| match item {
@@ -196,24 +224,30 @@ impl<'a> Settler<'a> {
             Some(item) => Held::Item(Digest::of_item(item)),
         };
         let (from, to) = (held(&source), held(&target));
-        let kind = match open.suspicion.look(from, to, at_ms, flow) {
-            None => {
-                // Not in step with anything that happens at even intervals.
-                let pause = self.job.settle.mul_f64(rand::random_range(0.9..1.1));
-                open.due = Instant::now() + pause / LOOKS_IN_SETTLE;
-                self.waiting.push_back(open);
-                return Ok(());
-            }
-            Some(Verdict::Equal) => return Ok(()),
-            Some(Verdict::Differs(kind)) => {
+        let patience_ms = self.patience().as_millis() as i64;
+        let Some(verdict) = open.suspicion.look(from, to, at_ms, flow, patience_ms) else {
+            // Not in step with anything that happens at even intervals.
+            let pause = self.job.settle.mul_f64(rand::random_range(0.9..1.1));
+            open.due = Instant::now() + pause / LOOKS_IN_SETTLE;
+            self.waiting.push_back(open);
+            return Ok(());
+        };
+        self.open.remove(&id);
+        let kind = match verdict {
+            Verdict::Equal => return Ok(()),
+            Verdict::Differs(kind) => {
                 self.job.found.counts().differs(kind);
                 Some(kind)
             }
-            Some(Verdict::Unsettled) => {
+            Verdict::Unsettled => {
                 self.job.found.counts().unsettled += 1;
                 None
             }
         };
+        if self.judged.len() >= JUDGED_MAX {
+            self.judged.clear();
+        }
+        self.judged.insert(id);
         if let Some(lines) = &self.job.lines {
             let keys = open.key.to_keys();
             let of = |item: &Item| {
@@ -236,7 +270,9 @@ impl<'a> Settler<'a> {
         }
         match (kind, &self.job.repairs) {
             (Some(Kind::Extra), Some(_)) => {
-                self.rest.extra.push(&open.key).map_err(Ended::File)?;
+                if let Some(extra) = &mut self.rest.extra {
+                    extra.push(&open.key).map_err(Ended::File)?;
+                }
             }
             (Some(_), Some(_)) => self.differ.push(open.key),
             _ => {}
@@ -249,14 +285,23 @@ impl<'a> Settler<'a> {
         self.rest.repair(keys).await
     }
 
-    async fn flow(&mut self) -> Flow {
+    fn patience(&self) -> Duration {
+        let flow = self
+            .job
+            .flow
+            .as_ref()
+            .map_or(Duration::ZERO, |flow| flow.patience);
+        self.job.settle * PATIENT_SETTLES + flow * PATIENT_FLOWS
+    }
+
+    async fn flow(&mut self) -> Result<Flow, Ended> {
         let Some(source) = &self.job.flow else {
-            return Flow::Still;
+            return Ok(Flow::Still);
         };
         if let Some((at, flow)) = self.flow
             && at.elapsed() < FLOW_EVERY
         {
-            return flow;
+            return Ok(flow);
         }
         let now = Instant::now();
         let flow = match source.state.rows().await {
@@ -264,21 +309,28 @@ impl<'a> Settler<'a> {
                 let (epoch, table) = (source.epoch, &self.job.table);
                 self.watch.see(&rows, epoch, table, now, source.patience)
             }
-            // Nothing is called different because the state table did not answer.
-            Err(fault) => {
+            // Nothing is called different because the state table did not answer for a moment.
+            Err(fault) if fault.policy() == Policy::Retry => {
                 tracing::debug!(code = fault.code, "the state table did not answer");
                 Flow::Unknown
             }
+            Err(fault) => {
+                return Err(Ended::Failed {
+                    subject: format!("the state table {}", source.state.name()),
+                    fault,
+                });
+            }
         };
         self.flow = Some((now, flow));
-        flow
+        Ok(flow)
     }
 }
 
 /// What is left to do once both tables are scanned.
 pub(super) struct Rest<'a> {
     job: &'a Reconcile,
-    extra: Spill,
+    /// Keys to delete at the end.
+    extra: Option<Spill>,
     /// Keys that were written and not verified: their last write may come to nothing good.
     unverified: Vec<ItemKey>,
 }
@@ -290,11 +342,11 @@ impl Rest<'_> {
         let Some(repairs) = &self.job.repairs else {
             return Ok(());
         };
-        let extra = self.extra.keys();
+        let extra = self.extra.as_ref().map_or(0, Spill::keys);
         let allowed = repairs.max_deletes.of(self.job.target.items());
-        if extra <= allowed {
-            let empty = Spill::new().map_err(Ended::File)?;
-            let spilled = std::mem::replace(&mut self.extra, empty);
+        if let Some(spilled) = self.extra.take()
+            && extra <= allowed
+        {
             let mut keys = Vec::with_capacity(REPAIRS_MAX);
             for key in spilled.read().map_err(Ended::File)? {
                 keys.push(key.map_err(Ended::File)?);
@@ -333,57 +385,67 @@ impl Rest<'_> {
         let Some(repairs) = &self.job.repairs else {
             return Ok(());
         };
-        // All of them come to their ends, whatever becomes of one: what was written is verified.
+        // All that began come to their ends, whatever becomes of one: what was written is verified.
+        let failed = AtomicBool::new(false);
         let repaired: Vec<Repaired> = futures::stream::iter(keys.chunks(BATCH_OPS_MAX))
-            .map(|chunk| repair_chunk(self.job, repairs, chunk))
+            .map(async |chunk| {
+                if failed.load(Ordering::Relaxed) {
+                    return Repaired::default();
+                }
+                let repaired = repair_chunk(self.job, repairs, chunk).await;
+                failed.fetch_or(repaired.ended.is_some(), Ordering::Relaxed);
+                repaired
+            })
             .buffer_unordered(REPAIRS_AT_ONCE)
             .collect()
             .await;
-        let mut ended = Ok(());
+        let mut ended = None;
         for repaired in repaired {
             self.job.found.counts().unverified += repaired.unverified.len() as u64;
             self.unverified.extend(repaired.unverified);
-            ended = ended.and(repaired.ended);
+            ended = ended.or(repaired.ended);
         }
-        ended
+        ended.map_or(Ok(()), Err)
     }
 }
 
 /// How the repair of a few keys came out.
+#[derive(Default)]
 struct Repaired {
     unverified: Vec<ItemKey>,
-    ended: Result<(), Ended>,
+    ended: Option<Ended>,
 }
 
 /// Repairs a few keys.
 async fn repair_chunk(job: &Reconcile, repairs: &Repairs, keys: &[ItemKey]) -> Repaired {
     match repair_once(job, repairs, keys).await {
         // One hot key must not keep its neighbours.
-        Err(Unfinished::Unsettled) if keys.len() > 1 => {
-            let mut all = Repaired {
-                unverified: Vec::new(),
-                ended: Ok(()),
-            };
+        (Err(Unfinished::Unsettled), _) if keys.len() > 1 => {
+            let mut all = Repaired::default();
             for key in keys {
                 let one = std::slice::from_ref(key);
-                let repaired = note(job, one, repair_once(job, repairs, one).await);
+                let (repaired, _) = repair_once(job, repairs, one).await;
+                // Whatever was written above is verified by this one, or is not.
+                let repaired = note(job, one, repaired, true);
                 all.unverified.extend(repaired.unverified);
-                all.ended = all.ended.and(repaired.ended);
+                all.ended = all.ended.or(repaired.ended);
             }
             all
         }
-        repaired => note(job, keys, repaired),
+        (repaired, wrote) => note(job, keys, repaired, wrote),
     }
 }
 
+/// Repairs a few keys, and says whether anything was written, or may have been.
 async fn repair_once(
     job: &Reconcile,
     repairs: &Repairs,
     keys: &[ItemKey],
-) -> Result<repair::Repaired, Unfinished> {
+) -> (Result<repair::Repaired, Unfinished>, bool) {
     // Each is read on both sides, and in the source once more.
     let units = u32::try_from(keys.len()).unwrap_or(u32::MAX);
     tokio::join!(job.source.pace(units * 2), job.target.pace(units));
+    let wrote = AtomicBool::new(false);
     let repairer = Repairer {
         source: (&job.source.region().tables, job.source.table()),
         replica: (&job.target.region().tables, job.target.table()),
@@ -391,14 +453,17 @@ async fn repair_once(
         bound: Arc::clone(&repairs.hold) as _,
         stop: &job.stop,
         keep_expired: job.keep_expired.clone(),
+        wrote: Some(&wrote),
     };
-    repairer.repair(keys.iter().map(ItemKey::to_keys)).await
+    let repaired = repairer.repair(keys.iter().map(ItemKey::to_keys)).await;
+    (repaired, wrote.into_inner())
 }
 
 fn note(
     job: &Reconcile,
     keys: &[ItemKey],
     repaired: Result<repair::Repaired, Unfinished>,
+    wrote: bool,
 ) -> Repaired {
     let ended = match repaired {
         Ok(repaired) => {
@@ -414,12 +479,9 @@ fn note(
                     "the target refuses an item of the source"
                 );
             }
-            return Repaired {
-                unverified: Vec::new(),
-                ended: Ok(()),
-            };
+            return Repaired::default();
         }
-        Err(Unfinished::Unsettled) => Ok(()),
+        Err(Unfinished::Unsettled) => None,
         Err(Unfinished::Unanswered(fault)) => {
             tracing::warn!(
                 table = job.table,
@@ -427,22 +489,23 @@ fn note(
                 code = fault.code,
                 "a write was not answered: its keys are repaired again once it is dead"
             );
-            Ok(())
+            None
         }
-        Err(Unfinished::Failed(fault)) => Err(Ended::Failed {
+        Err(Unfinished::Failed(fault)) => Some(Ended::Failed {
             subject: match fault.operation {
                 Operation::ReadSource => job.source.name(),
                 _ => job.target.name(),
             },
             fault,
         }),
-        Err(Unfinished::Stopped) => Err(match job.stop.is_cancelled() {
+        Err(Unfinished::Stopped) => Some(match job.stop.is_cancelled() {
             true => Ended::Stopped,
             false => Ended::Lost,
         }),
     };
-    Repaired {
-        unverified: keys.to_vec(),
-        ended,
-    }
+    let unverified = match wrote {
+        true => keys.to_vec(),
+        false => Vec::new(),
+    };
+    Repaired { unverified, ended }
 }

@@ -1,0 +1,354 @@
+//! Between which tables, and what may not be compared or repaired.
+
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::TableDescription;
+
+use super::super::one_shot::{Fed, Flow, Owners};
+use super::Args;
+use crate::config::read::Loaded;
+use crate::config::{Table, TtlDeletes};
+use crate::dynamo::read::{batch_get, scan_page};
+use crate::dynamo::table::{KeyPart, describe, primary_key, show_key, ttl_attribute};
+use crate::dynamo::{RegionClients, Regions};
+use crate::error::{Failure, Fault, Operation};
+use crate::lease::row::{Row, StreamRow, known_table_id};
+use crate::lease::table::StateTable;
+use crate::repair::KeepExpired;
+use crate::run::start::{any_key, find_active, unusable};
+
+/// Bytes of a table for each part that it is read in.
+const SEGMENT_BYTES: i64 = 256 << 20;
+/// More parts than this help no more.
+const SEGMENTS_CHOSEN_MAX: u32 = 1_000;
+/// An eventually consistent read unit.
+const BYTES_PER_UNIT: f64 = 8_192.0;
+/// Dollars for a million read units, on demand, in us-east-1 (AWS's price list of 2026).
+const DOLLARS_PER_MILLION: f64 = 0.125;
+
+/// Between which regions, and what is known of them.
+pub(super) struct Ground<'a> {
+    pub(super) loaded: &'a Loaded,
+    pub(super) args: &'a Args,
+    pub(super) source: &'a RegionClients,
+    pub(super) target: &'a RegionClients,
+    /// Label of the active region.
+    pub(super) active: String,
+    pub(super) epoch: u64,
+    /// The state tables of the two regions, where they have one.
+    pub(super) source_state: Option<StateTable>,
+    pub(super) target_state: Option<StateTable>,
+}
+
+/// A table to compare, described on both sides.
+pub(super) struct Pair<'a> {
+    pub(super) table: &'a Table,
+    pub(super) key: Vec<KeyPart>,
+    pub(super) keep_expired: Option<KeepExpired>,
+    /// Items and bytes of both sides together, as DescribeTable knows them.
+    pub(super) items: i64,
+    pub(super) bytes: i64,
+    /// The larger side's.
+    pub(super) largest_bytes: i64,
+    /// What the service calls the source table.
+    pub(super) source_id: Option<String>,
+}
+
+pub(super) async fn ground<'a>(
+    loaded: &'a Loaded,
+    args: &'a Args,
+    regions: &'a Regions,
+) -> Result<Ground<'a>, Failure> {
+    let config = &loaded.config;
+    let (active, epoch) = find_active(config, &loaded.here, regions).await?;
+    let region = |label: &str| {
+        regions.get(label).ok_or_else(|| {
+            let labels: Vec<&str> = config.regions.keys().map(String::as_str).collect();
+            Failure::new(
+                format!("Region {label} is not known"),
+                format!("The configuration has {}", labels.join(", ")),
+                "Name one of them",
+            )
+        })
+    };
+    let source = region(args.source.as_deref().unwrap_or(&active))?;
+    let target = match &args.target {
+        Some(label) => region(label)?,
+        None if loaded.here == active => {
+            return Err(Failure::new(
+                format!("There is no replica to compare in {active}"),
+                "It is the active region, and no --target was named",
+                "Name the region to compare with --target, or set AWS_REGION to it",
+            ));
+        }
+        None => region(&loaded.here)?,
+    };
+    if source.label == target.label {
+        return Err(Failure::new(
+            format!("{} would be compared with itself", source.label),
+            "Source and target are the same region",
+            "Name two regions with --source and --target",
+        ));
+    }
+    let name = config.state_table();
+    let state = async |place: &RegionClients| {
+        let described = describe(&place.tables, &name).await;
+        let described = described.map_err(|fault| unusable(place, &name, &fault))?;
+        let table = || StateTable::new(place.tables.clone(), name.clone());
+        Ok::<_, Failure>(described.map(|_| table()))
+    };
+    let (source_state, target_state) = (state(source).await?, state(target).await?);
+    Ok(Ground {
+        loaded,
+        args,
+        source,
+        target,
+        active,
+        epoch,
+        source_state,
+        target_state,
+    })
+}
+
+impl<'a> Ground<'a> {
+    /// Describes a table on both sides, and refuses what cannot be compared.
+    pub(super) async fn pair(&self, table: &'a Table) -> Result<Pair<'a>, Failure> {
+        let from = self.described(self.source, table).await?;
+        let to = self.described(self.target, table).await?;
+        let (key, other) = (primary_key(&from), primary_key(&to));
+        if key != other {
+            return Err(Failure::new(
+                format!("Table {} has another key in each region", table.name),
+                format!(
+                    "{} has {}, {} has {}",
+                    self.source.label,
+                    show_key(&key),
+                    self.target.label,
+                    show_key(&other)
+                ),
+                "Compare tables with the same key schema: make the replica again with `farshore provision`",
+            ));
+        }
+        if from.table_id().is_some() && from.table_id() == to.table_id() {
+            return Err(Failure::new(
+                format!("Table {} would be compared with itself", table.name),
+                format!(
+                    "{} and {} lead to the same table",
+                    self.source.label, self.target.label
+                ),
+                "Check endpoint, account and table name of both regions",
+            ));
+        }
+        for (region, reading) in [
+            (self.source, Operation::ReadSource),
+            (self.target, Operation::ReadReplica),
+        ] {
+            may_read(region, table.name_in(&region.label), &key, reading).await?;
+        }
+        let mut keep_expired = None;
+        if table.ttl_deletes == TtlDeletes::Skip {
+            let name = table.name_in(&self.source.label);
+            let attribute = ttl_attribute(&self.source.tables, name).await;
+            keep_expired = attribute
+                .map_err(|fault| unusable(self.source, name, &fault))?
+                .map(|attribute| KeepExpired { attribute });
+        }
+        let items = |table: &TableDescription| table.item_count.unwrap_or_default();
+        let bytes = |table: &TableDescription| table.table_size_bytes.unwrap_or_default();
+        Ok(Pair {
+            table,
+            key,
+            keep_expired,
+            items: items(&from) + items(&to),
+            bytes: bytes(&from) + bytes(&to),
+            largest_bytes: bytes(&from).max(bytes(&to)),
+            source_id: from.table_id().map(str::to_owned),
+        })
+    }
+
+    async fn described(
+        &self,
+        region: &RegionClients,
+        table: &Table,
+    ) -> Result<TableDescription, Failure> {
+        let name = table.name_in(&region.label);
+        let described = describe(&region.tables, name).await;
+        described
+            .map_err(|fault| unusable(region, name, &fault))?
+            .ok_or_else(|| {
+                Failure::new(
+                    format!("There is no table {name} in {}", region.label),
+                    "Both tables have to be there to be compared",
+                    "Create it with `farshore provision --apply`, or correct its name",
+                )
+            })
+    }
+
+    /// What is heeded while `tables` are written to.
+    pub(super) fn flow<'b>(&'b self, tables: &'b [String]) -> Result<Flow<'b>, Failure> {
+        let of =
+            |region, state: &'b Option<StateTable>| state.as_ref().map(|state| (region, state));
+        let place = of(self.target, &self.target_state).or(of(self.source, &self.source_state));
+        let Some((region, state)) = place else {
+            return Err(Failure::new(
+                format!(
+                    "There is no state table {} in {} or {}",
+                    self.loaded.config.state_table(),
+                    self.target.label,
+                    self.source.label
+                ),
+                "What writes to a table holds a row there, so that no two do it at once",
+                "Create it with `farshore provision --apply`",
+            ));
+        };
+        Ok(Flow {
+            config: &self.loaded.config,
+            region,
+            state,
+            active: &self.active,
+            epoch: self.epoch,
+            tables,
+            heeds_tap: self.is_with_the_flow(),
+            other: self.source_state.as_ref(),
+        })
+    }
+
+    fn is_with_the_flow(&self) -> bool {
+        self.active == self.source.label
+    }
+
+    /// What a table made anew holds is not what the replica was made of: a person decides first.
+    pub(super) async fn refuse_another_table(&self, pair: &Pair<'_>) -> Result<(), Failure> {
+        let (Some(state), true) = (&self.target_state, self.is_with_the_flow()) else {
+            return Ok(());
+        };
+        let rows = state.rows().await;
+        let rows = rows.map_err(|fault| unusable(self.target, state.name(), &fault))?;
+        let streams: Vec<StreamRow> = rows
+            .into_iter()
+            .filter_map(|row| match row {
+                Row::Stream(row) => Some(row),
+                _ => None,
+            })
+            .collect();
+        let known = known_table_id(&streams, self.epoch, &pair.table.name);
+        if known.is_none() || known == pair.source_id.as_deref() {
+            return Ok(());
+        }
+        Err(Failure::new(
+            format!(
+                "Table {} in {} is not the one that was followed: it was made anew",
+                pair.table.name, self.source.label
+            ),
+            "Its items may be older than the replica's, which would be overwritten",
+            "Compare without --apply, and decide which side is right",
+        ))
+    }
+
+    /// An empty source is a wrong source more often than it is right.
+    pub(super) async fn refuse_empty_source(&self, pair: &Pair<'_>) -> Result<(), Failure> {
+        for (region, should_hold) in [(self.source, true), (self.target, false)] {
+            let name = pair.table.name_in(&region.label);
+            let first = scan_page((&region.tables, name), (0, 1), None, Some(1)).await;
+            let first = first.map_err(|fault| unusable(region, name, &fault))?;
+            let is_empty = first.items.is_empty() && first.next.is_none();
+            if is_empty != should_hold {
+                return Ok(());
+            }
+        }
+        Err(Failure::new(
+            format!(
+                "Table {} is empty in {} and not in {}",
+                pair.table.name, self.source.label, self.target.label
+            ),
+            "Repaired by it, the target would lose all its items",
+            "Check which region is the source. If the target is to be emptied, empty it yourself",
+        ))
+    }
+
+    pub(super) fn segments(&self, pair: &Pair<'_>) -> u32 {
+        let chosen = self.loaded.config.reconcile.segments;
+        self.args.segments.unwrap_or_else(|| match chosen {
+            0 => {
+                let parts = pair.largest_bytes / SEGMENT_BYTES + 1;
+                u32::try_from(parts).map_or(SEGMENTS_CHOSEN_MAX, |n| n.min(SEGMENTS_CHOSEN_MAX))
+            }
+            segments => segments,
+        })
+    }
+
+    /// The limit in units per second; `None` means none.
+    pub(super) fn read_units(&self) -> Option<u32> {
+        let config = &self.loaded.config.reconcile;
+        let units = self.args.read_units.unwrap_or(config.read_units_per_second);
+        (units > 0).then_some(units)
+    }
+
+    /// What will be read, and what may be overwritten.
+    pub(super) async fn plan(&self, pairs: &[Pair<'_>]) -> String {
+        let mut lines = Vec::new();
+        for pair in pairs {
+            let units = pair.bytes as f64 / BYTES_PER_UNIT;
+            let time = match self.read_units() {
+                None => "without a limit".to_owned(),
+                Some(rate) => {
+                    let seconds = (units / 2.0 / f64::from(rate)).ceil() as u64;
+                    let time = humantime::format_duration(Duration::from_secs(seconds));
+                    format!("{rate} units/s a side, at least {time}")
+                }
+            };
+            lines.push(format!(
+                "{}: will read about {} items, {:.3} GB, {:.0} read units (${:.2} on demand), {time}",
+                pair.table.name,
+                pair.items,
+                pair.bytes as f64 / 1e9,
+                units,
+                units / 1e6 * DOLLARS_PER_MILLION,
+            ));
+            if self.args.apply {
+                let active = match self.target.label == self.active {
+                    true => ", the ACTIVE region",
+                    false => "",
+                };
+                lines.push(format!(
+                    "{}: will OVERWRITE {} in {}{active} with what {} holds, where they differ",
+                    pair.table.name,
+                    pair.table.name_in(&self.target.label),
+                    self.target.label,
+                    self.source.label
+                ));
+            }
+        }
+        lines.push("sizes are the service's own, up to six hours old".to_owned());
+        if let Ok(flow) = self.flow(&self.args.table)
+            && let Ok(Fed::Yes(owner) | Fed::Maybe(owner)) =
+                flow.fed_the_other_way(&mut Owners::new()).await
+        {
+            lines.push(format!(
+                "note: the worker {owner} feeds {}, or was not stopped: what is on its way there shows as a difference",
+                self.source.label
+            ));
+        }
+        lines.join("\n")
+    }
+}
+
+/// Makes each kind of read once, so that a denied permission shows now.
+async fn may_read(
+    region: &RegionClients,
+    table: &str,
+    key: &[KeyPart],
+    reading: Operation,
+) -> Result<(), Failure> {
+    let failed = |fault: Fault| {
+        let subject = format!("Table {table} could not be read in {}", region.label);
+        Failure::from_fault(subject, &fault)
+    };
+    let table = (&region.tables, table);
+    scan_page(table, (0, 1), None, Some(1))
+        .await
+        .map_err(failed)?;
+    let keys = [any_key(key)];
+    batch_get(reading, table, &keys).await.map_err(failed)?;
+    Ok(())
+}
