@@ -485,5 +485,6 @@ async fn all_good_is_applied_and_all_poison_comes_home_whoever_is_killed() {
         };
         Some(there.into_iter().filter_map(place).collect())
     };
-    suite::poison::poison_among_good(&stand, &table, &config, size, outage, lettered).await;
+    let sent = async || unreachable!("a directory can be looked into");
+    suite::poison::poison_among_good(&stand, &table, &config, size, outage, lettered, sent).await;
 }

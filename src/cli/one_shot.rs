@@ -75,29 +75,44 @@ impl Flow<'_> {
     /// Why nothing may be written now: the epoch has moved, somebody feeds the other way round, or a tap
     /// is closed.
     async fn closed(&self, owners: &mut Owners) -> Result<Option<Closed>, Fault> {
-        for state in std::iter::once(self.state).chain(self.other) {
-            // A lower one is of a region that a failover left behind: the highest epoch wins.
-            if let Some(control) = state.control().await?
-                && (control.epoch > self.epoch
-                    || control.epoch == self.epoch && control.active != self.active)
-            {
-                let (active, epoch) = (control.active, control.epoch);
-                let why = format!("the active region is {active} since epoch {epoch}");
-                return Ok(Some(Closed::Until(why)));
-            }
+        // The own state table first: what it says counts, whether the other one answers or not.
+        if let Some(why) = self.moved(self.state).await? {
+            return Ok(Some(Closed::Until(why)));
         }
-        let mut maybe = None;
-        match self.fed_the_other_way(owners).await? {
-            Fed::Yes(owner) => {
-                let why = format!("the worker {owner} feeds the other way round");
-                return Ok(Some(Closed::Until(why)));
-            }
-            Fed::Maybe(_) => maybe = Some(Closed::Maybe),
-            Fed::No => {}
+        if self.heeds_tap
+            && let Some(why) = self.tap_is_closed().await?
+        {
+            return Ok(Some(Closed::Until(why)));
         }
-        if !self.heeds_tap {
-            return Ok(maybe);
+        let Some(other) = self.other else {
+            return Ok(None);
+        };
+        if let Some(why) = self.moved(other).await? {
+            return Ok(Some(Closed::Until(why)));
         }
+        Ok(match self.fed_the_other_way(owners).await? {
+            Fed::No => None,
+            Fed::Maybe(_) => Some(Closed::Maybe),
+            Fed::Yes(owner) => Some(Closed::Until(format!(
+                "the worker {owner} feeds the other way round"
+            ))),
+        })
+    }
+
+    async fn moved(&self, state: &StateTable) -> Result<Option<String>, Fault> {
+        let control = state.control().await?;
+        // A lower one is of a region that a failover left behind: the highest epoch wins.
+        let is_another = |epoch, active: &str| {
+            epoch > self.epoch || (epoch == self.epoch && active != self.active)
+        };
+        let control = control.filter(|control| is_another(control.epoch, &control.active));
+        Ok(control.map(|control| {
+            let (active, epoch) = (control.active, control.epoch);
+            format!("the active region is {active} since epoch {epoch}")
+        }))
+    }
+
+    async fn tap_is_closed(&self) -> Result<Option<String>, Fault> {
         let mut pauses = vec![self.state.pause(None).await?];
         for table in &self.config.tables {
             if self.writes_to(&table.name) {
@@ -105,14 +120,13 @@ impl Flow<'_> {
             }
         }
         let standing = pauses.into_iter().flatten().find(|row| row.is_closed());
-        let closed = standing.map(|row| {
+        Ok(standing.map(|row| {
             let subject = row.table.unwrap_or_else(|| "all tables".to_owned());
-            Closed::Until(format!(
+            format!(
                 "the tap of {subject} is closed by {}: {}",
                 row.by, row.reason
-            ))
-        });
-        Ok(closed.or(maybe))
+            )
+        }))
     }
 
     fn writes_to(&self, table: &str) -> bool {

@@ -22,7 +22,7 @@ use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Exit, Failure, Operation};
 use crate::jobs::reconcile::place::Place;
 use crate::jobs::reconcile::report::{Counts, Lines};
-use crate::jobs::reconcile::{Ended, FlowSource, Found, Reconcile, Repairs};
+use crate::jobs::reconcile::{FlowSource, Found, Reconcile, Repairs};
 use crate::lease::hold::Hold;
 use crate::lease::row::{JobRow, RECONCILE};
 use crate::run::owner;
@@ -130,11 +130,10 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     let mut outcomes: Vec<Outcome> = Vec::new();
     for pair in &pairs {
         if stop.is_cancelled() {
-            outcomes.push(Outcome::not_begun(
-                pair,
-                "not looked at: it ended before",
-                Exit::Interrupted,
-            ));
+            // For the same reason as the one before it, a signal or the tap.
+            let exit = outcomes.last().map_or(Exit::Interrupted, |last| last.exit);
+            let why = "not looked at: it ended before";
+            outcomes.push(Outcome::not_begun(pair, why, exit));
             continue;
         }
         match ground.compare(pair, lines.clone(), &stop).await {
@@ -228,7 +227,8 @@ impl Ground<'_> {
         };
         let (result, (), ()) = tokio::join!(work, watched, self.tell(pair, &job, &done));
         let counts = job.counts();
-        let is_whole = matches!(result, Ok(()) | Err(Ended::TooManyDeletes { .. }));
+        // What is not settled, or not deleted, may be what the one that died wrote last.
+        let is_whole = result.is_ok() && counts.unsettled == 0;
         if let Some((_, hold, took_over)) = &held {
             // The row of one that died stays an alarm until one has come to its end; and so does this
             // one's where nobody verified what it wrote.

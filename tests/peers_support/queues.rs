@@ -1,8 +1,10 @@
 //! Dead letters in SQS: the queue is made as it has to be, and takes what no replica takes.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use aws_sdk_sqs::types::QueueAttributeName as Name;
+use aws_sdk_sqs::types::{MessageSystemAttributeName as SystemName, QueueAttributeName as Name};
+use serde_json::Value;
 
 use super::{Received, check_against_schema, config_with_queue, receive, sqs};
 use crate::common::binary::{Worker, provision, run, stderr, stdout};
@@ -10,7 +12,7 @@ use crate::common::ministack::{Ministack, Ministacks};
 use crate::common::stand::{Stand, n, s};
 use crate::common::{eventually, long, seed};
 use crate::suite::faults::{checkpoint, picky_replica, picky_table, put_kind};
-use crate::suite::poison::{Size, poison_among_good};
+use crate::suite::poison::{Place, Size, poison_among_good};
 use farshore::embedded::gateway::Options;
 
 pub async fn a_standard_queue_is_provisioned_once(peers: &Ministacks) {
@@ -444,6 +446,47 @@ async fn all_poison_comes_home(peers: &Ministacks, name: &str) {
         true => proxy.cut(),
         false => proxy.heal(),
     };
-    // What lies in a queue cannot be listed without taking it: that none is missing shows at the end.
-    poison_among_good(&stand, &table, &config, size, outage, || None).await;
+    // What lies in a queue cannot be listed without taking it, but each letter knows when it was sent.
+    let sent = async || first_sent(peers, name, size.poison).await;
+    poison_among_good(&stand, &table, &config, size, outage, || None, sent).await;
+}
+
+/// When the first letter of each record was sent, by its place in the stream; all are given back. Of a
+/// FIFO queue only the first letter of an item shows, which is the one that counts.
+async fn first_sent(peers: &Ministacks, name: &str, records: usize) -> HashMap<Place, i64> {
+    let (client, url) = (sqs(peers), Ministack::queue_url(&peers.target.url(), name));
+    let mut found: HashMap<Place, i64> = HashMap::new();
+    let mut handles = Vec::new();
+    let mut empty = 0;
+    // A queue may overlook some once.
+    while empty < 3 {
+        let call = client.receive_message().queue_url(&url);
+        let call = call.max_number_of_messages(10).visibility_timeout(600);
+        let call = call.message_system_attribute_names(SystemName::SentTimestamp);
+        let messages = call.send().await.unwrap().messages.unwrap_or_default();
+        empty = if messages.is_empty() { empty + 1 } else { 0 };
+        for message in messages {
+            let body: Value = serde_json::from_str(message.body().unwrap()).unwrap();
+            let attributes = message.attributes.as_ref().unwrap();
+            let sent: i64 = attributes[&SystemName::SentTimestamp].parse().unwrap();
+            handles.push(message.receipt_handle.unwrap());
+            let text = |name: &str| body[name].as_str().map(str::to_owned);
+            // Letters of repairs come from no record.
+            if let (Some(shard), Some(position)) = (text("shardId"), text("sequenceNumber")) {
+                let first = found.entry((shard, position)).or_insert(sent);
+                *first = sent.min(*first);
+            }
+        }
+    }
+    for handle in handles {
+        let call = client.change_message_visibility().queue_url(&url);
+        let call = call.receipt_handle(handle).visibility_timeout(0);
+        call.send().await.unwrap();
+    }
+    assert!(
+        found.len() >= records,
+        "{} of {records} records",
+        found.len()
+    );
+    found
 }

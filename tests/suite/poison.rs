@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::{PutRequest, WriteRequest};
+use farshore::dynamo::clock::host_ms;
 use farshore::embedded::gateway::{Fault, FaultHandle};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -24,7 +25,7 @@ pub struct Size {
 }
 
 /// A shard and a position in it.
-type Place = (String, String);
+pub type Place = (String, String);
 
 /// What a replica can refuse for good, as the service says it.
 fn kinds() -> [Fault; 8] {
@@ -96,8 +97,31 @@ fn has_passed(checkpoint: &str, position: &str) -> bool {
     }
 }
 
+/// What was seen at a kill: when that was, the checkpoints of the shards then, and the letters that
+/// were there, where that can be seen.
+struct Kill {
+    at_ms: i64,
+    checkpoints: HashMap<String, String>,
+    there: Option<HashSet<Place>>,
+}
+
+impl Kill {
+    /// The checkpoints may have passed nothing that was lettered only later.
+    fn check(&self, seed: u64, lettered_later: impl Fn(&Place, &Self) -> bool, all: &[Place]) {
+        for place in all.iter().filter(|place| lettered_later(place, self)) {
+            let (shard, position) = place;
+            let at = self.checkpoints.get(shard).map_or("", String::as_str);
+            assert!(
+                !has_passed(at, position),
+                "seed {seed}: the checkpoint {at} had passed {position} before it was lettered"
+            );
+        }
+    }
+}
+
 /// `outage` takes the place of the letters away, or brings it back. `lettered` says what lies there
-/// by shard and position, where that can be seen without taking it.
+/// by shard and position, where that can be seen without taking it; `sent` says since when, where only
+/// that can be told, once all is there.
 pub async fn poison_among_good(
     stand: &Stand,
     table: &str,
@@ -105,12 +129,13 @@ pub async fn poison_among_good(
     size: Size,
     outage: impl AsyncFn(bool),
     lettered: impl Fn() -> Option<HashSet<Place>>,
+    sent: impl AsyncFn() -> HashMap<Place, i64>,
 ) {
     let seed = seed();
     let mut random = StdRng::seed_from_u64(seed);
     let faults = poisoned(stand);
     let mut worker = Worker::following(config).await;
-    let mut seen: Vec<(HashMap<String, String>, HashSet<Place>)> = Vec::new();
+    let mut kills: Vec<Kill> = Vec::new();
     let killing = async {
         for kill in 0..size.kills {
             let moment = rand::rng().random_range(300..1_500);
@@ -125,9 +150,11 @@ pub async fn poison_among_good(
             }
             worker.kill();
             // Nothing moves now: no checkpoint may have passed what is not there.
-            if let Some(there) = lettered() {
-                seen.push((checkpoints(stand).await, there));
-            }
+            kills.push(Kill {
+                at_ms: host_ms(),
+                checkpoints: checkpoints(stand).await,
+                there: lettered(),
+            });
             if kill == size.kills / 2 {
                 outage(false).await;
             }
@@ -163,18 +190,33 @@ pub async fn poison_among_good(
         !rows.iter().any(|row| row["entityType"] == s("doubt"))
     };
     eventually("every doubt is settled", within, settled).await;
-    if let Some(there) = lettered() {
-        for (checkpoints, then) in &seen {
-            for (shard, position) in there.difference(then) {
-                let at = checkpoints.get(shard).map_or("", String::as_str);
-                assert!(
-                    !has_passed(at, position),
-                    "seed {seed}: the checkpoint {at} had passed {position} before it was lettered"
-                );
-            }
+    let checked = match lettered() {
+        Some(there) => {
+            let all: Vec<Place> = there.into_iter().collect();
+            let later = |place: &Place, kill: &Kill| {
+                !kill.there.as_ref().is_some_and(|then| then.contains(place))
+            };
+            kills.iter().for_each(|kill| kill.check(seed, later, &all));
+            all.len()
         }
-        assert!(!seen.is_empty() && there.len() >= size.poison);
-    }
+        None => {
+            let sent = sent().await;
+            let all: Vec<Place> = sent.keys().cloned().collect();
+            let later = |place: &Place, kill: &Kill| sent[place] > kill.at_ms;
+            kills.iter().for_each(|kill| kill.check(seed, later, &all));
+            all.len()
+        }
+    };
+    assert!(
+        checked >= size.poison,
+        "seed {seed}: {checked} of {}",
+        size.poison
+    );
+    let moved = |kill: &Kill| kill.checkpoints.values().any(|at| at != "TRIM_HORIZON");
+    assert!(
+        kills.len() == size.kills && kills.iter().any(moved),
+        "seed {seed}: no checkpoint had moved at any kill"
+    );
     for fault in faults {
         assert!(
             fault.hits() > 0,
