@@ -345,13 +345,9 @@ async fn a_killed_repair_is_finished_by_the_next_and_an_interrupted_one_says_so(
     // A late effect (5 s) and a lease (3 s) after its last renewal.
     let free = async || {
         let rows = state_rows(&stand.target, &stand.state_table()).await;
-        let until = rows
-            .iter()
-            .find(|row| row["entityType"] == s("job"))
-            .unwrap()["until"]
-            .clone();
-        let until: i64 = until.as_n().unwrap().parse().unwrap();
-        until < farshore::dynamo::clock::host_ms()
+        let segments = rows.iter().filter(|row| row["entityType"] == s("segment"));
+        let until = segments.map(|row| row["until"].as_n().unwrap().parse::<i64>().unwrap());
+        until.max().unwrap() < farshore::dynamo::clock::host_ms()
     };
     eventually("its writes are dead", Duration::from_secs(20), free).await;
     // What it wrote last nobody verified: that is an alarm.

@@ -13,7 +13,7 @@ use crate::dynamo::RegionClients;
 use crate::dynamo::clock::rfc3339;
 use crate::error::{Failure, Fault};
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::{JobRow, Row};
+use crate::lease::row::{JobRow, Row, comparisons};
 use crate::lease::rules::{Observer, take_name};
 use crate::lease::table::StateTable;
 use crate::run::start::unusable;
@@ -34,33 +34,32 @@ pub(super) struct Flow<'a> {
     pub(super) heeds_tap: bool,
     /// The state table of the region that is read from: nobody may feed the tables there.
     pub(super) other: Option<&'a StateTable>,
+    /// Label of the region that is read from.
+    pub(super) source: &'a str,
+    /// Whether a worker that feeds the tables in this direction is in the way, too.
+    pub(super) is_alone: bool,
 }
 
 /// Whether somebody feeds the tables that are read from.
 pub(super) enum Fed {
     No,
-    /// This one owns a shard, and may be dead.
+    /// Somebody owns a shard, and may be dead.
     Maybe(String),
-    /// This one has renewed a lease since the first look.
+    /// Somebody has renewed a lease since the first look, or repairs a table.
     Yes(String),
 }
 
 /// Looks at the owners of shards, the first one and those since.
+#[derive(Default)]
 pub(super) struct Owners {
     first: Option<Instant>,
-    observer: Observer,
+    /// Those who feed the tables that are read from, and those who feed the others.
+    feeders: [Observer; 2],
 }
 
 impl Owners {
     pub(super) fn new() -> Self {
-        Self {
-            first: None,
-            observer: Observer::default(),
-        }
-    }
-
-    fn first_look(&mut self, now: Instant) -> Instant {
-        *self.first.get_or_insert(now)
+        Self::default()
     }
 }
 
@@ -84,18 +83,49 @@ impl Flow<'_> {
         {
             return Ok(Some(Closed::Until(why)));
         }
-        let Some(other) = self.other else {
-            return Ok(None);
-        };
-        if let Some(why) = self.moved(other).await? {
+        let mut maybe = None;
+        for (place, state) in [self.other, self.is_alone.then_some(self.state)]
+            .into_iter()
+            .enumerate()
+        {
+            let Some(state) = state else { continue };
+            if let Some(why) = self.moved(state).await? {
+                return Ok(Some(Closed::Until(why)));
+            }
+            match self.fed(place, state, owners).await? {
+                Fed::No => {}
+                Fed::Maybe(_) => maybe = Some(Closed::Maybe),
+                Fed::Yes(why) => return Ok(Some(Closed::Until(why))),
+            }
+        }
+        if let Some(why) = self.repaired_the_other_way(self.state.rows().await?) {
             return Ok(Some(Closed::Until(why)));
         }
-        Ok(match self.fed_the_other_way(owners).await? {
-            Fed::No => None,
-            Fed::Maybe(_) => Some(Closed::Maybe),
-            Fed::Yes(owner) => Some(Closed::Until(format!(
-                "the worker {owner} feeds the other way round"
-            ))),
+        Ok(maybe)
+    }
+
+    /// A job that writes to the tables that are read from.
+    fn repaired_the_other_way(&self, rows: Vec<Row>) -> Option<String> {
+        let (mut plans, mut segments) = (Vec::new(), Vec::new());
+        for row in rows {
+            match row {
+                Row::Reconcile(row) => plans.push(row),
+                Row::Segment(row) => segments.push(row),
+                _ => {}
+            }
+        }
+        let now_ms = self.region.clock.now_ms();
+        let jobs = comparisons(&plans, &segments);
+        let other = jobs.iter().find(|job| {
+            let plan = job.plan;
+            let writes_there = plan.apply && plan.target == self.source;
+            writes_there && self.writes_to(&plan.table) && job.is_alive(now_ms)
+        });
+        other.map(|job| {
+            format!(
+                "the reconcile {} repairs {} in {}, or died a short while ago",
+                job.plan.job, job.plan.table, job.plan.target
+            )
         })
     }
 
@@ -136,11 +166,27 @@ impl Flow<'_> {
     /// Whether somebody feeds the tables that are read from: what is written would come back, and newer
     /// items would be lost.
     pub(super) async fn fed_the_other_way(&self, owners: &mut Owners) -> Result<Fed, Fault> {
-        let Some(other) = self.other else {
-            return Ok(Fed::No);
-        };
+        match self.other {
+            Some(other) => self.fed(0, other, owners).await,
+            None => Ok(Fed::No),
+        }
+    }
+
+    /// Whether somebody feeds the tables of the region of `state`, the `place`th that is looked at.
+    async fn fed(
+        &self,
+        place: usize,
+        state: &StateTable,
+        owners: &mut Owners,
+    ) -> Result<Fed, Fault> {
+        let rows = state.rows().await?;
+        if place == 0
+            && let Some(why) = self.repaired_the_other_way(rows.clone())
+        {
+            return Ok(Fed::Yes(why));
+        }
         let mut shards = Vec::new();
-        for row in other.rows().await? {
+        for row in rows {
             if let Row::Shard(row) = row
                 && self.writes_to(&row.table)
                 && !row.is_finished()
@@ -149,21 +195,26 @@ impl Flow<'_> {
             }
         }
         let now = Instant::now();
-        let first = owners.first_look(now);
-        owners.observer.observe(shards.iter(), now);
+        let first = *owners.first.get_or_insert(now);
+        let observer = &mut owners.feeders[place];
+        observer.observe(shards.iter(), now);
         let mut fed = Fed::No;
         for row in shards {
-            if owners.observer.is_takeable(&row, self.patience(), now) {
+            if observer.is_takeable(&row, self.patience(), now) {
                 continue;
             }
-            let moved = owners.observer.still_since(&row) > Some(first);
+            let moved = observer.still_since(&row) > Some(first);
             let Some(owner) = row.lease_owner else {
                 continue;
             };
             if moved {
-                return Ok(Fed::Yes(owner));
+                let how = match place {
+                    0 => "feeds the other way round",
+                    _ => "feeds these tables, and this strategy is right only where nobody does",
+                };
+                return Ok(Fed::Yes(format!("the worker {owner} {how}")));
             }
-            fed = Fed::Maybe(owner);
+            fed = Fed::Maybe(format!("the worker {owner} was not stopped"));
         }
         Ok(fed)
     }
@@ -217,24 +268,27 @@ impl Flow<'_> {
         }
     }
 
+    /// How rows are held in the state table, by jobs whose writes may take effect so late.
+    pub(super) fn terms(&self, late_effect: Duration) -> Terms {
+        Terms {
+            state: self.state.clone(),
+            clock: Arc::clone(&self.region.clock),
+            duration: self.config.leases.duration,
+            late_effect,
+        }
+    }
+
     /// Takes the row of a job for `me`. `subject` names the job in messages: one at a time may have it.
-    /// Says whether the row of one that died was taken over.
     pub(super) async fn hold(
         &self,
         row: JobRow,
         me: &str,
         subject: &str,
-    ) -> Result<(Arc<Hold<JobRow>>, bool), Failure> {
-        let terms = Terms {
-            state: self.state.clone(),
-            clock: Arc::clone(&self.region.clock),
-            duration: self.config.leases.duration,
-            late_effect: self.config.leases.late_effect,
-        };
+    ) -> Result<Arc<Hold<JobRow>>, Failure> {
+        let terms = self.terms(self.config.leases.late_effect);
         let holder = take_name(me, rand::random());
         let failed = |fault: Fault| unusable(self.region, self.state.name(), &fault);
         let known = self.state.job(&row.lease_key).await.map_err(failed)?;
-        let took_over = known.is_some();
         let held = match known {
             None => Hold::create(terms, row, holder).await,
             Some(known) if known.until <= self.region.clock.now_ms() => {
@@ -258,7 +312,7 @@ impl Flow<'_> {
             }
         };
         match held.map_err(failed)? {
-            Some(hold) => Ok((hold, took_over)),
+            Some(hold) => Ok(hold),
             None => Err(Failure::new(
                 format!("Another {subject} began at the same moment"),
                 "Both would have worked at the same items or letters",

@@ -1,6 +1,7 @@
 //! `farshore reconcile`: compares tables of two regions, and repairs those of one.
 
 mod ground;
+mod job;
 mod show;
 
 use std::path::PathBuf;
@@ -10,25 +11,22 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use self::ground::{Ground, Pair, ground};
-use self::show::show;
-use super::one_shot::Line;
+use self::job::Asked;
+use self::show::{Bar, show};
 use crate::apply::batch::Writer;
 use crate::apply::budget::Budget;
-use crate::backoff::Backoff;
+use crate::apply::conditional::Conditional;
 use crate::config::MaxDeletes;
 use crate::config::read::Loaded;
-use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Exit, Failure, Operation};
+use crate::jobs::reconcile::desk::Desk;
+use crate::jobs::reconcile::flow::FlowSource;
 use crate::jobs::reconcile::place::Place;
 use crate::jobs::reconcile::report::{Counts, Lines};
-use crate::jobs::reconcile::{FlowSource, Found, Reconcile, Repairs};
-use crate::lease::hold::Hold;
-use crate::lease::row::{JobRow, RECONCILE};
-use crate::run::owner;
+use crate::jobs::reconcile::strategy::Strategy;
+use crate::jobs::reconcile::{Ended, Found, Reconcile, Repairs};
 
-/// How often the row of a repair is tried to be removed.
-const REMOVE_ATTEMPTS: u32 = 5;
 /// How often a person is told where it stands, where there is no terminal.
 const TOLD_EVERY: Duration = Duration::from_secs(30);
 
@@ -44,9 +42,17 @@ pub(super) struct Args {
     /// The region that is compared with it, and repaired; this one by default
     #[arg(long, value_name = "LABEL")]
     target: Option<String>,
-    /// Makes the target as the source is; without it nothing is changed
+    /// Repairs the target; without it nothing is changed
     #[arg(long)]
     apply: bool,
+    /// How it is repaired: `mirror` makes it as the source is, `fill` adds what it lacks,
+    /// `newest=ATTRIBUTE` lets the item stay whose attribute is greater [default: mirror]
+    #[arg(long, value_name = "STRATEGY")]
+    strategy: Option<Strategy>,
+    /// Goes on with a job that was cut short, or takes part in one at work
+    #[arg(long, value_name = "JOB",
+        conflicts_with_all = ["table", "source", "target", "apply", "strategy", "max_deletes", "segments"])]
+    resume: Option<String>,
     /// Writes a JSON line for each difference to a new file
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -58,7 +64,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N|P%")]
     max_deletes: Option<MaxDeletes>,
     /// Parts that each table is read in [default: reconcile.segments]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     segments: Option<u32>,
     /// Read units per second on each side; 0 means no limit [default:
     /// reconcile.read_units_per_second]
@@ -90,6 +96,8 @@ struct Outcome {
     counts: Counts,
     took: Duration,
     ended: Option<String>,
+    /// Whether it can be gone on with.
+    resumable: bool,
     exit: Exit,
 }
 
@@ -99,15 +107,20 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         super::tap::check_table(&loaded, Some(table))?;
     }
     let regions = Regions::connect(&loaded.config).await?;
-    let ground = ground(&loaded, args, &regions).await?;
+    let asked = match &args.resume {
+        Some(job) => Asked::resumed(&loaded, &regions, job).await?,
+        None => Asked::by(args),
+    };
+    let ground = ground(&loaded, args, asked, &regions).await?;
+    let asked = &ground.asked;
     let mut pairs = Vec::new();
     for table in &loaded.config.tables {
-        if args.table.is_empty() || args.table.contains(&table.name) {
+        if asked.tables.is_empty() || asked.tables.contains(&table.name) {
             pairs.push(ground.pair(table).await?);
         }
     }
-    if args.apply {
-        ground.flow(&args.table)?.refuse_closed().await?;
+    if asked.apply {
+        ground.flow(&asked.tables)?.refuse_closed().await?;
         for pair in &pairs {
             ground.refuse_empty_source(pair).await?;
             ground.refuse_another_table(pair).await?;
@@ -115,17 +128,31 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     }
     let lines = match &args.report {
         None => None,
-        Some(path) => Some(Arc::new(Lines::create(path, args.images).map_err(
-            |error| {
+        Some(path) => {
+            let lines = Lines::create(path, args.images, asked.is_resumed());
+            Some(Arc::new(lines.map_err(|error| {
                 Failure::new(
                     format!("The report {} could not be made", path.display()),
                     error.to_string(),
                     "Name a file that does not exist yet, in a directory that can be written to",
                 )
-            },
-        )?)),
+            })?))
+        }
+    };
+    let stored = match ground.begin(&pairs).await {
+        Ok(stored) => stored,
+        Err(failure) => {
+            forget(args);
+            return Err(failure);
+        }
     };
     eprintln!("{}", ground.plan(&pairs).await);
+    if stored {
+        eprintln!(
+            "job {id}: `farshore reconcile --resume {id}` goes on with it if it is cut short, or takes part in it from another host",
+            id = asked.id
+        );
+    }
     let stop = super::stop_on_signal()?;
     let mut outcomes: Vec<Outcome> = Vec::new();
     for pair in &pairs {
@@ -136,7 +163,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
             outcomes.push(Outcome::not_begun(pair, why, exit));
             continue;
         }
-        match ground.compare(pair, lines.clone(), &stop).await {
+        match ground.compare(pair, lines.clone(), &stop, stored).await {
             Ok(outcome) => outcomes.push(outcome),
             // What was done to the tables before it is told all the same.
             Err(failure) if !outcomes.is_empty() => {
@@ -144,10 +171,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
                 outcomes.push(Outcome::not_begun(pair, &why, Exit::CouldNotRun));
             }
             Err(failure) => {
-                if let Some(path) = &args.report {
-                    // Nothing is in it yet, and it would be in the next one's way.
-                    let _ = std::fs::remove_file(path);
-                }
+                forget(args);
                 return Err(failure);
             }
         }
@@ -180,8 +204,18 @@ impl Outcome {
             counts: Counts::default(),
             took: Duration::ZERO,
             ended: Some(why.to_owned()),
+            resumable: false,
             exit,
         }
+    }
+}
+
+/// Removes a report with nothing in it, which would be in the next one's way.
+fn forget(args: &Args) {
+    if let Some(path) = &args.report
+        && std::fs::metadata(path).is_ok_and(|file| file.len() == 0)
+    {
+        let _ = std::fs::remove_file(path);
     }
 }
 
@@ -191,58 +225,51 @@ impl Ground<'_> {
         pair: &Pair<'_>,
         lines: Option<Arc<Lines>>,
         stop: &CancellationToken,
+        stored: bool,
     ) -> Result<Outcome, Failure> {
         let begun = Instant::now();
         let names = [pair.table.name.clone()];
-        let mut held = None;
-        if self.args.apply {
-            let flow = self.flow(&names)?;
+        let flow = match self.asked.apply {
+            true => Some(self.flow(&names)?),
+            false => None,
+        };
+        if let Some(flow) = &flow {
             // Much may have happened while the tables before it were compared.
             flow.refuse_closed().await?;
-            let id = format!("{}#{}", self.target.label, pair.table.name);
-            let (from, to) = (&self.source.label, &self.target.label);
-            let row = JobRow {
-                table: Some(pair.table.name.clone()),
-                ..JobRow::new(RECONCILE, &id, self.epoch, from, to, rfc3339(host_ms()))
-            };
-            let subject = format!("reconcile of {} in {to}", pair.table.name);
-            let (hold, took_over) = flow.hold(row, &owner(), &subject).await?;
-            held = Some((flow, hold, took_over));
         }
-        let job = self.job(pair, lines, held.as_ref().map(|(_, hold, _)| hold), stop);
+        let desk = self.desk(pair, stored).await?;
+        let stop = stop.child_token();
+        let job = self.job(pair, desk, lines, &stop);
         let done = CancellationToken::new();
         let moved = Mutex::new(None);
         let work = async {
-            let result = match &held {
-                Some((_, hold, _)) => hold.keep(job.run()).await,
-                None => job.run().await,
-            };
+            let result = job.run().await;
             done.cancel();
             result
         };
         let watched = async {
-            if let Some((flow, ..)) = &held {
-                flow.watch(stop, &done, &moved).await;
+            if let Some(flow) = &flow {
+                flow.watch(&stop, &done, &moved).await;
             }
         };
         let (result, (), ()) = tokio::join!(work, watched, self.tell(pair, &job, &done));
-        let counts = job.counts();
-        // What is not settled, or not deleted, may be what the one that died wrote last.
-        let is_whole = result.is_ok() && counts.unsettled == 0;
-        if let Some((_, hold, took_over)) = &held {
-            // The row of one that died stays an alarm until one has come to its end; and so does this
-            // one's where nobody verified what it wrote.
-            if counts.unverified == 0 && (is_whole || !took_over) {
-                remove(hold).await;
-            }
-        }
+        let (counts, result) = match result {
+            Ok(counts) => (counts, Ok(())),
+            Err((counts, ended)) => (counts, Err(ended)),
+        };
+        // What is not settled, or not deleted, may be what one that died wrote last.
+        let mirrors = self.asked.apply && self.asked.strategy == Strategy::Mirror;
+        let whole = mirrors && result.is_ok() && counts.unsettled == 0;
+        self.clean(&pair.table.name, whole).await;
         let moved = moved.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let resumable = stored && !matches!(result, Ok(()) | Err(Ended::TooManyDeletes { .. }));
         let (ended, exit) = self.verdict(result, moved, &counts);
         Ok(Outcome {
             table: pair.table.name.clone(),
             counts,
             took: begun.elapsed(),
             ended,
+            resumable,
             exit,
         })
     }
@@ -250,33 +277,37 @@ impl Ground<'_> {
     fn job(
         &self,
         pair: &Pair<'_>,
+        desk: Desk,
         lines: Option<Arc<Lines>>,
-        hold: Option<&Arc<Hold<JobRow>>>,
         stop: &CancellationToken,
     ) -> Reconcile {
         let config = &self.loaded.config;
         let table = pair.table;
         let place = |region: &RegionClients, reading| {
             let name = table.name_in(&region.label);
-            Place::new(region, name, reading, self.read_units(), stop)
+            let units = self.read_units();
+            Arc::new(Place::new(region, name, reading, units, stop))
         };
-        let repairs = hold.map(|hold| {
+        let key_names: Vec<String> = pair.key.iter().map(|part| part.name.clone()).collect();
+        let repairs = self.asked.apply.then(|| {
             let units = match self.args.write_units {
                 Some(units) => (units > 0).then_some(units),
                 None => config.units_per_second(table),
             };
+            let budget = Arc::new(Budget::new(units));
+            let (client, name) = (&self.target.tables, table.name_in(&self.target.label));
             Repairs {
                 writer: Writer::new(
-                    self.target.tables.clone(),
-                    table.name_in(&self.target.label),
+                    client.clone(),
+                    name,
                     &table.name,
-                    Arc::new(Budget::new(units)),
+                    Arc::clone(&budget),
                     config.dead_letters.max_attempts,
                     pair.key.clone(),
                 ),
-                hold: Arc::clone(hold),
+                conditional: Conditional::new(client.clone(), name, key_names.clone(), budget),
                 max_deletes: self
-                    .args
+                    .asked
                     .max_deletes
                     .unwrap_or(config.reconcile.max_deletes),
                 late_effect: config.leases.late_effect,
@@ -288,15 +319,18 @@ impl Ground<'_> {
             table: table.name.clone(),
             source: place(self.source, Operation::ReadSource),
             target: place(self.target, Operation::ReadReplica),
-            key_names: pair.key.iter().map(|part| part.name.clone()).collect(),
+            key_names: key_names.into(),
             keep_expired: pair.keep_expired.clone(),
-            segments: self.segments(pair),
+            segments: match &desk {
+                Desk::Shared(shared) => shared.plan.segments,
+                Desk::Alone(_) => self.segments(pair),
+            },
+            desk,
+            strategy: self.asked.strategy.clone(),
             memory: usize::try_from(config.reconcile.memory.as_u64()).unwrap_or(usize::MAX),
             settle: self.args.settle.unwrap_or(config.reconcile.settle),
-            flow: flow.map(|state| FlowSource {
-                state: state.clone(),
-                epoch: self.epoch,
-                patience: config.leases.duration * 2,
+            flow: flow.map(|state| {
+                FlowSource::new(state.clone(), self.epoch, config.leases.duration * 2)
             }),
             repairs,
             lines,
@@ -307,7 +341,7 @@ impl Ground<'_> {
 
     /// Says how far it is, until `done`.
     async fn tell(&self, pair: &Pair<'_>, job: &Reconcile, done: &CancellationToken) {
-        let line = Line::new(self.args.json);
+        let bar = Bar::new(self.args.json, &pair.table.name, pair.items);
         let quiet = self.args.json || std::io::IsTerminal::is_terminal(&std::io::stderr());
         let mut told = Instant::now();
         loop {
@@ -315,37 +349,23 @@ impl Ground<'_> {
                 () = done.cancelled() => return,
                 () = tokio::time::sleep(Duration::from_millis(500)) => {}
             }
-            let counts = job.counts();
+            let counts = job.found.counts();
             let read = counts.source_items + counts.target_items;
-            let text = format!(
-                "{}: {read} of about {} items read, {} suspects, {} differences, {} repaired",
-                pair.table.name,
-                pair.items.max(read as i64),
+            let found = format!(
+                "{} suspects, {} differences, {} repaired",
                 counts.suspects,
                 counts.different(),
                 counts.repaired,
             );
             if !quiet && told.elapsed() >= TOLD_EVERY {
                 told = Instant::now();
-                eprintln!("{text}");
+                let items = pair.items.max(i64::try_from(read).unwrap_or(i64::MAX));
+                eprintln!(
+                    "{}: {read} of about {items} items read, {found}",
+                    pair.table.name
+                );
             }
-            line.say(text);
+            bar.say(read, found);
         }
     }
-}
-
-/// Removes the row of a repair that came to its end. Left behind it would make the next one wait, and
-/// be an alarm.
-async fn remove(hold: &Hold<JobRow>) {
-    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
-    for _ in 0..REMOVE_ATTEMPTS {
-        match hold.finish().await {
-            Ok(_) => return,
-            Err(_) => tokio::time::sleep(backoff.pause()).await,
-        }
-    }
-    eprintln!(
-        "note: the row {} of this repair could not be removed: it will show as reconcile-unfinished until the next repair has ended",
-        hold.row().lease_key
-    );
 }

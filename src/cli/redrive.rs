@@ -334,6 +334,8 @@ fn flow<'a>(loaded: &'a Loaded, ground: Ground<'a>, wanted: &'a [String]) -> Flo
         tables: wanted,
         heeds_tap: true,
         other: None,
+        source: ground.source,
+        is_alone: false,
     }
 }
 
@@ -347,8 +349,7 @@ async fn hold(flow: Flow<'_>, ground: Ground<'_>) -> Result<Arc<Hold<JobRow>>, F
     let at = rfc3339(host_ms());
     let (source, target) = (ground.source, &ground.target.label);
     let row = JobRow::new(KIND, &id, ground.epoch, source, target, at);
-    let held = flow.hold(row, &me, "redrive of this directory").await?;
-    Ok(held.0)
+    flow.hold(row, &me, "redrive of this directory").await
 }
 
 async fn keep_expired(

@@ -3,7 +3,7 @@
 
 mod show;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{answer, answer_json};
 use crate::config::read::Loaded;
@@ -12,7 +12,8 @@ use crate::dynamo::clock::host_ms;
 use crate::error::{Exit, Failure};
 use crate::lease::orphans::readable;
 use crate::lease::row::{
-    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, Row, ShardRow, WorkerRow,
+    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, Progress, Row, ShardRow, WorkerRow,
+    comparisons,
 };
 use crate::lease::rules::worker_of;
 use crate::lease::table::StateTable;
@@ -39,6 +40,8 @@ struct Found {
     doubts: Vec<DoubtRow>,
     /// Those that stand.
     pauses: Vec<PauseRow>,
+    /// Comparisons that have not ended.
+    jobs: Vec<Job>,
     /// The time in the region of the state table, in milliseconds.
     now_ms: i64,
 }
@@ -51,6 +54,50 @@ struct Doubts {
     until_ms: i64,
     /// How many should have been repaired long ago.
     overdue: usize,
+}
+
+/// A comparison under way, or left.
+#[derive(Debug, Clone, PartialEq)]
+struct Job {
+    id: String,
+    table: String,
+    source: String,
+    target: String,
+    applies: bool,
+    /// Percent of the items that were read, about.
+    percent: u32,
+    /// Seconds until the end at the pace so far; `None` where nobody is at it, or it just began.
+    left_s: Option<u64>,
+    /// Processes at work.
+    processes: usize,
+    /// Differences found so far.
+    different: u64,
+    /// Whether somebody is at it.
+    alive: bool,
+}
+
+impl Job {
+    fn of(job: &Progress<'_>, now_ms: i64) -> Self {
+        let plan = job.plan;
+        let at_work = job.segments.iter().filter(|row| row.until >= now_ms);
+        let owners = at_work.filter_map(|row| row.lease_owner.as_deref().map(worker_of));
+        let part = job.part();
+        let alive = job.is_alive(now_ms);
+        let took_s = (now_ms - plan.at_ms).max(0) as f64 / 1_000.0;
+        let left_s = took_s / part.max(0.001) * (1.0 - part);
+        Self {
+            id: plan.job.clone(),
+            table: plan.table.clone(),
+            source: plan.source.clone(),
+            target: plan.target.clone(),
+            applies: plan.apply,
+            percent: (part * 100.0) as u32,
+            left_s: (alive && part >= 0.01).then_some(left_s as u64),
+            processes: owners.collect::<BTreeSet<_>>().len(),
+            different: job.counts().different(),
+            alive,
+        }
+    }
 }
 
 pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
@@ -114,6 +161,7 @@ impl Found {
             now_ms,
             ..Self::default()
         };
+        let (mut plans, mut segments) = (Vec::new(), Vec::new());
         for row in rows {
             match row {
                 Row::Control(row) => found.control = Some(row),
@@ -122,14 +170,20 @@ impl Found {
                 Row::Worker(row) => found.workers.push(row),
                 Row::Doubt(row) => found.doubts.push(row),
                 Row::Pause(row) if row.is_closed() => found.pauses.push(row),
-                Row::Job(row) => {
-                    if let Some(table) = row.unfinished(now_ms) {
-                        let reason = GapReason::ReconcileUnfinished;
-                        let (epoch, at) = (row.epoch, row.at.clone());
-                        found.gaps.push(GapRow::new(epoch, table, reason, "", at));
-                    }
-                }
-                Row::Stream(_) | Row::Pause(_) | Row::Other(_) => {}
+                Row::Reconcile(row) => plans.push(row),
+                Row::Segment(row) => segments.push(row),
+                Row::Stream(_) | Row::Pause(_) | Row::Job(_) | Row::Other(_) => {}
+            }
+        }
+        for job in comparisons(&plans, &segments) {
+            if job.is_unfinished(now_ms) {
+                let (epoch, at) = (job.plan.epoch, job.plan.at.clone());
+                let reason = GapReason::ReconcileUnfinished;
+                let gap = GapRow::new(epoch, &job.plan.table, reason, &job.plan.job, at);
+                found.gaps.push(gap);
+            }
+            if job.plan.ended.is_none() {
+                found.jobs.push(Job::of(&job, now_ms));
             }
         }
         found.keep_current(loaded);

@@ -29,6 +29,16 @@ impl Digest {
         Some(Self::of_bytes(&bytes))
     }
 
+    /// As it is stored.
+    pub fn to_bytes(&self) -> [u8; 16] {
+        self.0.to_be_bytes()
+    }
+
+    /// As it was stored.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_be_bytes(bytes))
+    }
+
     fn of_bytes(bytes: &[u8]) -> Self {
         let hash = Sha256::digest(bytes);
         let mut half = [0; 16];

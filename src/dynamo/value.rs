@@ -3,6 +3,7 @@
 //! The SDK has two `AttributeValue` types that mean the same. Records come in one and are
 //! written in the other, so values are moved across, never cloned.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -112,6 +113,36 @@ pub fn canonical_number(text: &str) -> String {
     format!("{}0.{significant}e{point}", if negative { "-" } else { "" })
 }
 
+/// Which of two numbers is greater, as DynamoDB compares them. `None` where one of them is none.
+pub fn compare_numbers(one: &str, other: &str) -> Option<Ordering> {
+    Some(magnitude(one)?.cmp(&magnitude(other)?))
+}
+
+/// What orders numbers: the sign, then the place of the first digit, then the digits; turned round below
+/// zero.
+fn magnitude(text: &str) -> Option<(i8, i64, Vec<u8>)> {
+    let canonical = canonical_number(text);
+    if canonical == "0" {
+        return Some((0, 0, Vec::new()));
+    }
+    let (sign, rest) = match canonical.strip_prefix('-') {
+        Some(rest) => (-1, rest),
+        None => (1, canonical.as_str()),
+    };
+    let (digits, point) = rest.strip_prefix("0.")?.split_once('e')?;
+    let point: i64 = point.parse().ok()?;
+    let digits = digits.bytes();
+    Some(match sign {
+        // A shorter one is nearer to zero: its end counts as more than any digit.
+        -1 => (
+            sign,
+            -point,
+            digits.map(|digit| !digit).chain([u8::MAX]).collect(),
+        ),
+        _ => (sign, point, digits.collect()),
+    })
+}
+
 /// Whether two items are the same to DynamoDB: numbers by value, sets in any order.
 pub fn same_item(a: &Item, b: &Item) -> bool {
     a.len() == b.len()
@@ -147,6 +178,26 @@ fn same_value(a: &AttributeValue, b: &AttributeValue) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    proptest! {
+        /// Against numbers that a machine can hold.
+        #[test]
+        fn numbers_compare_by_value(a in -1_000_000i64..1_000_000, b in -1_000_000i64..1_000_000, shift in 0u32..9) {
+            let spell = |number: i64| format!("{number}e-{shift}");
+            prop_assert_eq!(compare_numbers(&spell(a), &spell(b)), Some(a.cmp(&b)));
+            let spell = |number: i64| (number as f64 / 1024.0).to_string();
+            prop_assert_eq!(compare_numbers(&spell(a), &spell(b)), Some(a.cmp(&b)));
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_compares_with_nothing() {
+        assert_eq!(compare_numbers("1", "x"), None);
+        assert_eq!(compare_numbers("0.0", "-0"), Some(Ordering::Equal));
+        assert_eq!(compare_numbers("9e125", "1e-130"), Some(Ordering::Greater));
+        assert_eq!(compare_numbers("-12", "-123"), Some(Ordering::Greater));
+        assert_eq!(compare_numbers("-1.2", "-1.23"), Some(Ordering::Greater));
+    }
 
     #[test]
     fn items_are_the_same_whatever_the_spelling_of_numbers_and_the_order_of_sets() {

@@ -153,32 +153,47 @@ impl<R: Holdable> Hold<R> {
     /// would be given back and begun again for ever.
     pub async fn keep<T>(&self, work: impl Future<Output = T>) -> T {
         let done = CancellationToken::new();
-        let renewals = async {
-            loop {
-                tokio::select! {
-                    () = done.cancelled() => return,
-                    () = tokio::time::sleep(self.terms.duration / 3) => {}
-                }
-                // Not broken off by `done`: a renewal on its way would refuse what is written to
-                // the row next.
-                match self.renew(|_| ()).await {
-                    Ok(true) => {}
-                    Ok(false) => return,
-                    Err(fault) => tracing::debug!(code = fault.code, "a hold was not renewed"),
-                }
-            }
-        };
         let work = async {
             let worked = work.await;
             done.cancel();
             worked
         };
-        tokio::join!(work, renewals).0
+        tokio::join!(work, self.keep_until(&done, || |_: &mut R| ())).0
+    }
+
+    /// Renews the hold until `done`, or until it is lost. `change` says what is to be changed in its row
+    /// at each renewal.
+    pub async fn keep_until<C: FnOnce(&mut R)>(
+        &self,
+        done: &CancellationToken,
+        mut change: impl FnMut() -> C,
+    ) {
+        loop {
+            tokio::select! {
+                () = done.cancelled() => return,
+                () = tokio::time::sleep(self.terms.duration / 3) => {}
+            }
+            // Not broken off by `done`: a renewal on its way would refuse what is written to the row
+            // next.
+            match self.renew(change()).await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(fault) => tracing::debug!(code = fault.code, "a hold was not renewed"),
+            }
+        }
     }
 
     /// Gives it back. Only where every write under it was answered completely: the next holder need
     /// not wait. If the state table does not answer, it waits all the same: later, and as right.
     pub async fn give_back(&self) {
+        let _ = self.release(|_| ()).await;
+    }
+
+    /// Changes its row and gives it back, as [`give_back`](Self::give_back) does. False if it is lost.
+    ///
+    /// # Errors
+    /// The state table could not be written; whether it was is not known.
+    pub async fn release(&self, change: impl FnOnce(&mut R)) -> Result<bool, Fault> {
         let _turn = self.turn.lock().await;
         let mut row = self.row();
         let known = row.counter();
@@ -187,7 +202,10 @@ impl<R: Holdable> Hold<R> {
         // Never before it was due when it was taken: a clock that was wrong for a moment must not make
         // others believe that it is.
         *row.until_mut() = self.terms.clock.now_ms().max(self.taken_until);
-        let _ = self.terms.state.replace(&row, known).await;
+        change(&mut row);
+        let written = self.terms.state.replace(&row, known).await?;
+        self.held().valid_until = Duration::ZERO;
+        Ok(written == Written::Yes)
     }
 
     /// Removes the row: the work is done. Refused if it is somebody else's now.

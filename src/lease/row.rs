@@ -3,12 +3,14 @@
 mod doubt;
 mod fleet;
 mod job;
+mod reconcile;
 
 use serde::{Deserialize, Serialize};
 
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
-pub use job::{JobRow, RECONCILE};
+pub use job::JobRow;
+pub use reconcile::{Mark, Progress, ReconcileRow, SegmentRow, comparisons};
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;
@@ -78,6 +80,10 @@ pub enum Row {
     Pause(PauseRow),
     /// A one-shot job at work.
     Job(JobRow),
+    /// A comparison of two tables.
+    Reconcile(ReconcileRow),
+    /// A part of one.
+    Segment(SegmentRow),
     /// A kind this version does not use.
     Other(Head),
 }

@@ -277,6 +277,8 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         "doubt" => Row::Doubt(parse(item)?),
         "pause" => Row::Pause(parse(item)?),
         "job" => Row::Job(parse(item)?),
+        "reconcile" => Row::Reconcile(parse(item)?),
+        "segment" => Row::Segment(parse(item)?),
         _ => Row::Other(head),
     })
 }

@@ -8,7 +8,8 @@ use tokio::sync::{Notify, watch};
 
 use crate::dynamo::clock::{host_ms, uptime};
 use crate::lease::row::{
-    ControlRow, DoubtRow, GapReason, GapRow, JobRow, PauseRow, Row, ShardRow, StreamRow, WorkerRow,
+    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, ReconcileRow, Row, SegmentRow, ShardRow,
+    StreamRow, WorkerRow, comparisons,
 };
 use crate::lease::rules::Observer;
 use crate::lease::table::StateTable;
@@ -170,7 +171,8 @@ fn digest(
         ..Snapshot::default()
     };
     let mut gaps: Vec<GapRow> = Vec::new();
-    let mut jobs: Vec<JobRow> = Vec::new();
+    let mut plans: Vec<ReconcileRow> = Vec::new();
+    let mut segments: Vec<SegmentRow> = Vec::new();
     for row in rows {
         match row {
             Row::Shard(row) => snapshot.shards.push(row),
@@ -180,21 +182,20 @@ fn digest(
             Row::Doubt(row) => snapshot.doubts.push(row),
             Row::Pause(row) => snapshot.pauses.push(row),
             Row::Control(row) => snapshot.control = Some(row),
-            Row::Job(row) => jobs.push(row),
-            Row::Other(_) => {}
+            Row::Reconcile(row) => plans.push(row),
+            Row::Segment(row) => segments.push(row),
+            Row::Job(_) | Row::Other(_) => {}
         }
     }
     let stored = gaps
         .iter()
         .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str()));
     let now_ms = host_ms();
-    let unfinished = jobs.iter().filter_map(|job| {
-        let table = job.unfinished(now_ms)?;
-        Some((
-            table,
-            GapReason::ReconcileUnfinished,
-            job.lease_key.as_str(),
-        ))
+    let jobs = comparisons(&plans, &segments);
+    let unfinished = jobs.iter().filter(|job| job.is_unfinished(now_ms));
+    let unfinished = unfinished.map(|job| {
+        let (table, key) = (&job.plan.table, &job.plan.lease_key);
+        (table.as_str(), GapReason::ReconcileUnfinished, key.as_str())
     });
     health.set_gaps(stored.chain(unfinished));
     let now = Instant::now();

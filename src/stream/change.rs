@@ -181,7 +181,7 @@ fn undecodable(
 
 /// Write units of an item of `bytes`: a KB each, at least one (deleting what is not there costs
 /// one, too).
-fn write_units(bytes: usize) -> u32 {
+pub fn write_units(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(1024))
         .unwrap_or(u32::MAX)
         .max(1)

@@ -6,12 +6,14 @@ use aws_sdk_dynamodb::types::TableDescription;
 
 use super::super::one_shot::{Fed, Flow, Owners};
 use super::Args;
+use super::job::Asked;
 use crate::config::read::Loaded;
 use crate::config::{Table, TtlDeletes};
 use crate::dynamo::read::{batch_get, scan_page};
 use crate::dynamo::table::{KeyPart, describe, primary_key, show_key, ttl_attribute};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault, Operation};
+use crate::jobs::reconcile::strategy::Strategy;
 use crate::lease::row::{Row, StreamRow, known_table_id};
 use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
@@ -30,6 +32,7 @@ const DOLLARS_PER_MILLION: f64 = 0.125;
 pub(super) struct Ground<'a> {
     pub(super) loaded: &'a Loaded,
     pub(super) args: &'a Args,
+    pub(super) asked: Asked,
     pub(super) source: &'a RegionClients,
     pub(super) target: &'a RegionClients,
     /// Label of the active region.
@@ -57,6 +60,7 @@ pub(super) struct Pair<'a> {
 pub(super) async fn ground<'a>(
     loaded: &'a Loaded,
     args: &'a Args,
+    asked: Asked,
     regions: &'a Regions,
 ) -> Result<Ground<'a>, Failure> {
     let config = &loaded.config;
@@ -71,8 +75,8 @@ pub(super) async fn ground<'a>(
             )
         })
     };
-    let source = region(args.source.as_deref().unwrap_or(&active))?;
-    let target = match &args.target {
+    let source = region(asked.source.as_deref().unwrap_or(&active))?;
+    let target = match &asked.target {
         Some(label) => region(label)?,
         None if loaded.here == active => {
             return Err(Failure::new(
@@ -113,6 +117,7 @@ pub(super) async fn ground<'a>(
     Ok(Ground {
         loaded,
         args,
+        asked,
         source,
         target,
         active,
@@ -222,6 +227,8 @@ impl<'a> Ground<'a> {
             tables,
             heeds_tap: self.is_with_the_flow(),
             other: self.source_state.as_ref(),
+            source: &self.source.label,
+            is_alone: matches!(self.asked.strategy, Strategy::Newest(_)),
         })
     }
 
@@ -280,7 +287,7 @@ impl<'a> Ground<'a> {
 
     pub(super) fn segments(&self, pair: &Pair<'_>) -> u32 {
         let chosen = self.loaded.config.reconcile.segments;
-        self.args.segments.unwrap_or_else(|| match chosen {
+        self.asked.segments.unwrap_or_else(|| match chosen {
             0 => {
                 let parts = pair.largest_bytes / SEGMENT_BYTES + 1;
                 u32::try_from(parts).map_or(SEGMENTS_CHOSEN_MAX, |n| n.min(SEGMENTS_CHOSEN_MAX))
@@ -317,27 +324,37 @@ impl<'a> Ground<'a> {
                 units,
                 units / 1e6 * DOLLARS_PER_MILLION,
             ));
-            if self.args.apply {
+            if self.asked.apply {
                 let active = match self.target.label == self.active {
                     true => ", the ACTIVE region",
                     false => "",
                 };
-                lines.push(format!(
-                    "{}: will OVERWRITE {} in {}{active} with what {} holds, where they differ",
-                    pair.table.name,
-                    pair.table.name_in(&self.target.label),
-                    self.target.label,
-                    self.source.label
-                ));
+                let name = pair.table.name_in(&self.target.label);
+                let place = format!("{name} in {}{active}", self.target.label);
+                let source = &self.source.label;
+                let does = match &self.asked.strategy {
+                    Strategy::Mirror => {
+                        format!(
+                            "will OVERWRITE {place} with what {source} holds, where they differ"
+                        )
+                    }
+                    Strategy::Fill => format!(
+                        "will ADD to {place} what only {source} holds; what is there is not touched"
+                    ),
+                    Strategy::Newest(attribute) => format!(
+                        "will OVERWRITE {place} with what {source} holds, where its {attribute} is the greater one, and ADD what only {source} holds; nothing is deleted"
+                    ),
+                };
+                lines.push(format!("{}: {does}", pair.table.name));
             }
         }
         lines.push("sizes are the service's own, up to six hours old".to_owned());
-        if let Ok(flow) = self.flow(&self.args.table)
-            && let Ok(Fed::Yes(owner) | Fed::Maybe(owner)) =
+        if let Ok(flow) = self.flow(&self.asked.tables)
+            && let Ok(Fed::Yes(who) | Fed::Maybe(who)) =
                 flow.fed_the_other_way(&mut Owners::new()).await
         {
             lines.push(format!(
-                "note: the worker {owner} feeds {}, or was not stopped: what is on its way there shows as a difference",
+                "note: of {}, {who}: what is on its way there shows as a difference",
                 self.source.label
             ));
         }

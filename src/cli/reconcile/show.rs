@@ -1,7 +1,9 @@
 //! How comparisons ended, in words and as JSON.
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::super::{answer, answer_json};
@@ -20,7 +22,7 @@ impl Ground<'_> {
         moved: Option<String>,
         counts: &Counts,
     ) -> (Option<String>, Exit) {
-        let remains = match counts.left() + counts.unverified {
+        let remains = match counts.remaining() + counts.unverified {
             0 => Exit::Done,
             _ => Exit::Remains,
         };
@@ -45,6 +47,14 @@ impl Ground<'_> {
                 Some("its row in the state table could not be kept: ask again once that table answers".to_owned()),
                 Exit::CouldNotRun,
             ),
+            (Err(Ended::Unverified), None) => (
+                Some(format!("{} keys that were written could not be verified, their writes were not answered: ask again once {} answers", counts.unverified, self.target.label)),
+                Exit::Remains,
+            ),
+            (Err(Ended::Gone), None) => (
+                Some("another process has ended the job, and says what came of it".to_owned()),
+                Exit::CouldNotRun,
+            ),
             (Err(Ended::File(error)), None) => (
                 Some(format!("a file could not be written: {error}. Make room on the disk and ask again")),
                 Exit::CouldNotRun,
@@ -54,7 +64,7 @@ impl Ground<'_> {
 }
 
 pub(super) fn show(ground: &Ground<'_>, outcomes: &[Outcome]) -> Result<(), Failure> {
-    let applied = ground.args.apply;
+    let applied = ground.asked.apply;
     if ground.args.json {
         let tables: Vec<Value> = outcomes
             .iter()
@@ -71,6 +81,8 @@ pub(super) fn show(ground: &Ground<'_>, outcomes: &[Outcome]) -> Result<(), Fail
             "command": "reconcile",
             "source": ground.source.label,
             "target": ground.target.label,
+            "job": outcomes.iter().any(|outcome| outcome.resumable).then_some(&ground.asked.id),
+            "strategy": ground.asked.strategy.to_string(),
             "applied": applied,
             "equal": outcomes.iter().all(|outcome| outcome.exit == Exit::Done),
             "tables": tables,
@@ -101,10 +113,16 @@ fn as_text(ground: &Ground<'_>, outcome: &Outcome) -> String {
             counts.unsettled
         ));
     }
-    if ground.args.apply {
+    if ground.asked.apply {
         lines.push(format!(
             "  repaired: {}, verified by reading again",
             counts.repaired
+        ));
+    }
+    if counts.left > 0 {
+        lines.push(format!(
+            "  left: {} that the strategy {} does not touch",
+            counts.left, ground.asked.strategy
         ));
     }
     if counts.refused > 0 {
@@ -128,8 +146,47 @@ fn as_text(ground: &Ground<'_>, outcome: &Outcome) -> String {
         (None, _) if counts.different() == 0 => {
             "  no difference, but for the keys that are not settled: ask again later".to_owned()
         }
-        (None, _) if ground.args.apply => "  differences remain".to_owned(),
+        (None, _) if ground.asked.apply => "  differences remain".to_owned(),
         (None, _) => "  nothing was changed: add --apply to repair".to_owned(),
     });
+    if outcome.resumable {
+        let id = &ground.asked.id;
+        lines.push(format!("  go on with `farshore reconcile --resume {id}`"));
+    }
     lines.join("\n")
+}
+
+/// A bar that tells how far a table is read, on a terminal.
+pub(super) struct Bar(ProgressBar);
+
+impl Bar {
+    /// `quiet`: none at all. `items` of both sides together, about.
+    pub(super) fn new(quiet: bool, table: &str, items: i64) -> Self {
+        let bar = match std::io::stderr().is_terminal() && !quiet {
+            true => ProgressBar::new(u64::try_from(items).unwrap_or_default()),
+            false => ProgressBar::hidden(),
+        };
+        let form = "{prefix} [{bar:30}] {pos}/~{len} items, {per_sec}, about {eta} left: {msg}";
+        if let Ok(style) = ProgressStyle::with_template(form) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_prefix(table.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Self(bar)
+    }
+
+    pub(super) fn say(&self, read: u64, found: String) {
+        // What the service told of the size is hours old.
+        if self.0.length().is_some_and(|length| length < read) {
+            self.0.set_length(read);
+        }
+        self.0.set_position(read);
+        self.0.set_message(found);
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
 }

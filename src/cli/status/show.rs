@@ -1,8 +1,10 @@
 //! What was found, as JSON and as text.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
-use super::{Doubts, Found, headroom_s, silence_s, silent_after_ms};
+use super::{Doubts, Found, Job, headroom_s, silence_s, silent_after_ms};
 use crate::config::read::Loaded;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::lease::row::{PauseRow, ShardRow, WorkerRow};
@@ -51,6 +53,18 @@ pub(super) fn as_json(loaded: &Loaded, found: &Found) -> Value {
             "until": rfc3339(doubts.until_ms),
             "overdue": doubts.overdue,
         })).collect::<Vec<_>>(),
+        "jobs": found.jobs.iter().map(|job| json!({
+            "id": job.id,
+            "table": job.table,
+            "source": job.source,
+            "target": job.target,
+            "applies": job.applies,
+            "percent": job.percent,
+            "secondsLeft": job.left_s,
+            "processes": job.processes,
+            "different": job.different,
+            "alive": job.alive,
+        })).collect::<Vec<_>>(),
         "workers": found.workers.iter().map(|row| json!({
             "id": row.worker,
             "version": row.version,
@@ -94,8 +108,29 @@ pub(super) fn as_text(loaded: &Loaded, found: &Found) -> String {
         if let Some(doubts) = doubts.get(table.name.as_str()) {
             lines.push(in_doubt(doubts));
         }
+        let jobs = found.jobs.iter().filter(|job| job.table == table.name);
+        lines.extend(jobs.map(compared));
     }
     lines.join("\n")
+}
+
+fn compared(job: &Job) -> String {
+    let does = match job.applies {
+        true => "repairs",
+        false => "compares",
+    };
+    let how = match (job.alive, job.left_s) {
+        (false, _) => format!("nobody is at it: `farshore reconcile --resume {}`", job.id),
+        (true, None) => "just begun".to_owned(),
+        (true, Some(left_s)) => {
+            let left = humantime::format_duration(Duration::from_secs(left_s));
+            format!("about {left} left, {} process(es)", job.processes)
+        }
+    };
+    format!(
+        "  reconcile {} {does} {} -> {}: {} %, {how}, {} difference(s) so far",
+        job.id, job.source, job.target, job.percent, job.different
+    )
 }
 
 fn of_table(lines: &mut Vec<String>, loaded: &Loaded, found: &Found, table: &str) {

@@ -10,10 +10,11 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
+use super::ledger::Origin;
 use crate::dynamo::digest::Digest;
 
 /// One of the two tables.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Side {
     /// The one that is right.
     Source,
@@ -44,24 +45,24 @@ pub trait Key: Clone {
 pub enum Met<K> {
     /// It waits for its partner.
     Waits,
-    /// It equals its partner, or was judged before.
-    Settled,
-    /// It differs from its partner, or has none.
-    Suspect(K),
+    /// It equals its partner, which was read there, or was judged before.
+    Settled(Option<Origin>),
+    /// It differs from its partner, which was read there, or has none.
+    Suspect(K, Option<Origin>),
 }
 
 /// An item that has waited longest: to be looked up on the other side.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Look<K> {
-    /// The side it was seen on.
-    pub seen_on: Side,
+    /// Where it was read.
+    pub origin: Origin,
     /// Its key.
     pub key: K,
     digest: Option<Digest>,
 }
 
 struct Waiting<K> {
-    side: Side,
+    origin: Origin,
     key: K,
     /// `None` is equal to nothing.
     digest: Option<Digest>,
@@ -81,6 +82,8 @@ pub struct Join<K> {
     order: VecDeque<(Digest, u64)>,
     /// Looked up and judged: their partners, once they come, are not waited for.
     settled: HashSet<Digest>,
+    /// Sides that were read to their ends.
+    ended: [bool; 2],
     turn: u64,
     bytes: usize,
     bytes_max: usize,
@@ -93,6 +96,7 @@ impl<K: Key> Join<K> {
             waiting: HashMap::new(),
             order: VecDeque::new(),
             settled: HashSet::new(),
+            ended: [false; 2],
             turn: 0,
             bytes: 0,
             bytes_max,
@@ -109,30 +113,38 @@ impl<K: Key> Join<K> {
         self.waiting.len()
     }
 
-    /// An item was read on `side`. `digest` is `None` where nobody can say what it equals. Ask
+    /// An item was read at `origin`. `digest` is `None` where nobody can say what it equals. Ask
     /// [`overflow`](Self::overflow) afterwards.
-    pub fn meet(&mut self, side: Side, key: K, digest: Option<Digest>) -> Met<K> {
+    pub fn meet(&mut self, origin: Origin, key: K, digest: Option<Digest>) -> Met<K> {
         let id = key.digest();
         // Its partner was looked up, and this one seen then.
         if self.settled.remove(&id) {
-            return Met::Settled;
+            return Met::Settled(None);
         }
         match self.waiting.get_mut(&id) {
-            // A page that is read again after an interruption.
-            Some(waiting) if waiting.side == side => {
+            // Seen twice on one side: one of them waits.
+            Some(waiting) if waiting.origin.side == origin.side => {
                 waiting.digest = digest;
-                Met::Waits
+                Met::Settled(None)
             }
             Some(_) => {
                 let partner = self.take(id);
-                judge(key, digest, partner.and_then(|partner| partner.digest))
+                let there = partner.as_ref().map(|partner| partner.origin);
+                judge(
+                    key,
+                    there,
+                    digest,
+                    partner.and_then(|partner| partner.digest),
+                )
             }
+            // Nobody comes any more.
+            None if self.ended[index(origin.side.other())] => Met::Suspect(key, None),
             None => {
                 self.turn += 1;
                 self.bytes += ENTRY_BYTES + key.bytes();
                 self.order.push_back((id, self.turn));
                 let waiting = Waiting {
-                    side,
+                    origin,
                     key,
                     digest,
                     turn: self.turn,
@@ -163,21 +175,44 @@ impl<K: Key> Join<K> {
     pub fn looked_up(&mut self, look: Look<K>, found: Option<Option<Digest>>) -> Met<K> {
         match found {
             // Its partner does not come any more, unless it is made only now.
-            None => Met::Suspect(look.key),
+            None => Met::Suspect(look.key, None),
             Some(found) => {
                 self.settled.insert(look.key.digest());
-                judge(look.key, look.digest, found)
+                judge(look.key, None, look.digest, found)
             }
         }
     }
 
-    /// Both sides were read to their ends: those that still wait have no partner, or one that was
-    /// looked up so long ago that it is forgotten.
-    pub fn finish(&mut self) -> impl Iterator<Item = K> {
-        self.order.clear();
-        self.settled.clear();
-        self.bytes = 0;
-        self.waiting.drain().map(|(_, waiting)| waiting.key)
+    /// The one that has waited longest, if it was read on a page before that of its side in `pages`: tell
+    /// [`looked_up`](Self::looked_up).
+    pub fn aged(&mut self, pages: [u64; 2]) -> Option<Look<K>> {
+        while let Some((id, turn)) = self.order.front() {
+            match self.waiting.get(id) {
+                Some(waiting) if waiting.turn == *turn => {
+                    let origin = waiting.origin;
+                    return match origin.page < pages[index(origin.side)] {
+                        true => self.oldest(),
+                        false => None,
+                    };
+                }
+                _ => self.order.pop_front(),
+            };
+        }
+        None
+    }
+
+    /// `side` was read to its end: those of the other one that wait have no partner, or one that was
+    /// looked up so long ago that it is forgotten. Whoever comes there later has none, either.
+    pub fn end(&mut self, side: Side) -> Vec<(K, Origin)> {
+        self.ended[index(side)] = true;
+        let alone: Vec<Digest> = self
+            .waiting
+            .iter()
+            .filter(|(_, waiting)| waiting.origin.side != side)
+            .map(|(id, _)| *id)
+            .collect();
+        let alone = alone.into_iter().filter_map(|id| self.take(id));
+        alone.map(|waiting| (waiting.key, waiting.origin)).collect()
     }
 
     fn oldest(&mut self) -> Option<Look<K>> {
@@ -188,7 +223,7 @@ impl<K: Key> Join<K> {
             }
             if let Some(waiting) = self.take(id) {
                 return Some(Look {
-                    seen_on: waiting.side,
+                    origin: waiting.origin,
                     key: waiting.key,
                     digest: waiting.digest,
                 });
@@ -210,10 +245,15 @@ impl<K: Key> Join<K> {
     }
 }
 
-fn judge<K>(key: K, one: Option<Digest>, other: Option<Digest>) -> Met<K> {
+/// Where what belongs to `side` stands in a pair.
+pub(super) fn index(side: Side) -> usize {
+    usize::from(side == Side::Target)
+}
+
+fn judge<K>(key: K, partner: Option<Origin>, one: Option<Digest>, other: Option<Digest>) -> Met<K> {
     match (one, other) {
-        (Some(one), Some(other)) if one == other => Met::Settled,
-        _ => Met::Suspect(key),
+        (Some(one), Some(other)) if one == other => Met::Settled(partner),
+        _ => Met::Suspect(key, partner),
     }
 }
 

@@ -38,22 +38,27 @@ fn play(tables: [&Table; 2], reads: impl IntoIterator<Item = (Side, u16)>, bytes
     let mut played = Played::default();
     let table = |side: Side| tables[usize::from(side == Side::Target)];
     let note = |met: Met<u16>, suspects: &mut BTreeSet<u16>| {
-        if let Met::Suspect(key) = met {
+        if let Met::Suspect(key, _) = met {
             suspects.insert(key);
         }
     };
     for (side, key) in reads {
-        let met = join.meet(side, key, digest(table(side)[&key]));
+        let met = join.meet(Origin { side, page: 0 }, key, digest(table(side)[&key]));
         note(met, &mut played.suspects);
         while let Some(look) = join.overflow() {
             played.looks.push(look.key);
-            let found = table(look.seen_on.other()).get(&look.key).copied();
+            let found = table(look.origin.side.other()).get(&look.key).copied();
             let met = join.looked_up(look, found.map(digest));
             note(met, &mut played.suspects);
         }
         played.bytes_max = played.bytes_max.max(join.bytes());
     }
-    played.suspects.extend(join.finish());
+    for side in [Side::Source, Side::Target] {
+        played
+            .suspects
+            .extend(join.end(side).into_iter().map(|(key, _)| key));
+    }
+    assert_eq!(join.waiting(), 0);
     played
 }
 

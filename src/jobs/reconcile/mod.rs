@@ -10,48 +10,57 @@
 //!                                   └── extra: counted to the end, then deleted, if not too many
 //! ```
 //!
-//! Each side is scanned once, in parts that both tables are asked for alike; where both come in the
-//! same order, as two DynamoDB tables do, the join holds a few pages. What is found while the job
-//! dies is found again by the next one: the tables themselves are the intent of its repairs.
+//! Each side is scanned once, in segments that both tables are asked for alike; where both come in the
+//! same order, as two DynamoDB tables do, the join holds a few pages. Several processes may share a job:
+//! [`desk`] deals out the segments by their rows in the state table, [`ledger`] (pure) knows how far each is
+//! settled, so that who takes one from a process that died goes on from there.
 
+mod book;
+pub mod desk;
+pub mod flow;
 pub mod join;
 pub mod judge;
+pub mod ledger;
+mod mend;
 pub mod place;
 pub mod report;
+mod segment;
 mod settle;
 mod spill;
+pub mod strategy;
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::stream::{StreamExt, TryStreamExt};
-use tokio::sync::mpsc;
+use futures::stream::{FuturesUnordered, StreamExt};
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::batch::Writer;
+use crate::apply::conditional::Conditional;
 use crate::config::MaxDeletes;
-use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
-use crate::dynamo::read::BATCH_KEYS_MAX;
 use crate::dynamo::value::Item;
 use crate::error::Fault;
-use crate::lease::hold::Hold;
-use crate::lease::row::JobRow;
-use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
-use join::{Join, Look, Met, Side};
+use book::extra_of;
+use desk::{Claim, Desk, Rows, Shared};
+use flow::FlowSource;
+use mend::{Fate, mend};
 use place::Place;
 use report::{Counts, Lines};
-use settle::Settler;
+use segment::Segment;
+use settle::Rest;
+use strategy::Strategy;
 
-/// Parts of a table read at once.
+/// Segments read at once.
 const SEGMENTS_AT_ONCE: usize = 4;
-/// Suspects that wait to be looked at.
-const SUSPECTS_MAX: usize = 10_000;
-/// Pages by which one side of a part may be ahead of the other.
-const AHEAD_MAX: u64 = 2;
+/// Keys deleted between two looks at whether to go on.
+const DELETED_MAX: usize = 500;
+/// How often keys that were written and not verified are repaired again.
+const VERIFY_ROUNDS: u32 = 3;
+/// How often the other processes of a job are looked after.
+const WAIT_FOR_OTHERS: Duration = Duration::from_millis(500);
 
 /// Why a comparison ended before its end.
 #[derive(Debug)]
@@ -74,6 +83,10 @@ pub enum Ended {
     },
     /// The right to write was lost, or was not renewed in time.
     Lost,
+    /// Keys that were written could not be verified, however often it was tried.
+    Unverified,
+    /// Other processes have ended the job, and its rows are gone.
+    Gone,
     /// A file could not be written.
     File(std::io::Error),
 }
@@ -82,22 +95,12 @@ pub enum Ended {
 pub struct Repairs {
     /// Writes to the target.
     pub writer: Writer,
-    /// The right to do so.
-    pub hold: Arc<Hold<JobRow>>,
+    /// Writes to the target on condition.
+    pub conditional: Conditional,
     /// How many items may be deleted.
     pub max_deletes: MaxDeletes,
     /// How long a write without an answer may still take effect.
     pub late_effect: Duration,
-}
-
-/// How the flow from source to target is asked after.
-pub struct FlowSource {
-    /// The state table in the target's region.
-    pub state: StateTable,
-    /// Number of the epoch.
-    pub epoch: u64,
-    /// A worker whose rows stand still for so long is dead.
-    pub patience: Duration,
 }
 
 /// One table to compare.
@@ -105,197 +108,337 @@ pub struct Reconcile {
     /// Its name in the configuration.
     pub table: String,
     /// The side that is right.
-    pub source: Place,
+    pub source: Arc<Place>,
     /// The side that is compared with it, and repaired.
-    pub target: Place,
+    pub target: Arc<Place>,
     /// Attributes of the primary key.
-    pub key_names: Vec<String>,
+    pub key_names: Arc<[String]>,
     /// Items that stay in the target although the source lacks them.
     pub keep_expired: Option<KeepExpired>,
     /// Parts that each table is read in.
     pub segments: u32,
+    /// Who reads which.
+    pub desk: Desk,
     /// Bytes that the join may hold.
     pub memory: usize,
     /// How long a suspect is looked at, at least, where somebody applies changes.
     pub settle: Duration,
     /// Who applies changes, if anybody does.
     pub flow: Option<FlowSource>,
+    /// What becomes of differences.
+    pub strategy: Strategy,
     /// Without them nothing is changed.
     pub repairs: Option<Repairs>,
     /// Where differences are written one by one.
     pub lines: Option<Arc<Lines>>,
-    /// Ends it.
+    /// Ends it. Cancelled by the job itself, too, once a part of it has failed.
     pub stop: CancellationToken,
     /// What was found so far.
     pub found: Arc<Found>,
 }
 
-/// What was found so far, for whoever watches.
+/// What this process found so far, for whoever watches.
 #[derive(Default)]
-pub struct Found {
-    counts: Mutex<Counts>,
-    suspects: AtomicU64,
-}
+pub struct Found(Mutex<Counts>);
 
 impl Found {
-    fn counts(&self) -> MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    fn add(&self, counts: &Counts) {
+        *self.lock() += counts;
     }
+
+    fn unverified(&self, more: i64) {
+        let mut counts = self.lock();
+        counts.unverified = counts.unverified.saturating_add_signed(more);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was found so far.
+    pub fn counts(&self) -> Counts {
+        self.lock().clone()
+    }
+}
+
+/// A segment that was read, and is not done.
+struct InHand<'a> {
+    segment: Segment<'a>,
+    rest: Rest,
 }
 
 impl Reconcile {
-    /// What was found and done so far.
-    pub fn counts(&self) -> Counts {
-        Counts {
-            source_items: self.source.items(),
-            target_items: self.target.items(),
-            source_units: self.source.units(),
-            target_units: self.target.units(),
-            suspects: self.found.suspects.load(Ordering::Relaxed),
-            ..self.found.counts().clone()
-        }
-    }
-
-    /// Compares, and repairs where it may. What was found until then stands in
-    /// [`counts`](Self::counts), however it ends.
+    /// Compares, and repairs where it may. Returns what was found, by all processes; when it ends early,
+    /// [`Found::counts`] says what this one found.
     ///
     /// # Errors
     /// Why it ended before its end.
-    pub async fn run(&self) -> Result<(), Ended> {
-        let (suspects, found) = mpsc::channel(SUSPECTS_MAX);
-        let in_vain = CancellationToken::new();
-        let scan = async {
-            let parts = futures::stream::iter(0..self.segments.max(1)).map(Ok);
-            let scan_all = parts.try_for_each_concurrent(SEGMENTS_AT_ONCE, |part| {
-                self.scan_part(part, suspects.clone())
-            });
-            let scanned = tokio::select! {
-                scanned = scan_all => scanned,
-                () = in_vain.cancelled() => Err(Ended::Stopped),
-            };
-            // The settler ends when nobody can send any more.
-            drop(suspects);
-            scanned
-        };
-        let settle = async {
-            let settled = Settler::new(self)?.run(found).await;
-            if settled.is_err() {
-                in_vain.cancel();
+    pub async fn run(&self) -> Result<Counts, (Counts, Ended)> {
+        let mut in_hand = Vec::new();
+        let result = self.work(&mut in_hand).await;
+        if result.is_err() {
+            self.stop.cancel();
+        }
+        for left in in_hand {
+            left.segment.let_go().await;
+        }
+        match result {
+            Ok((counts, None)) => Ok(counts),
+            Ok((counts, Some((extra, allowed)))) => {
+                Err((counts, Ended::TooManyDeletes { extra, allowed }))
             }
-            settled
-        };
-        let (scanned, settled) = tokio::join!(scan, settle);
-        // What ended the settler is why the scan could not go on.
-        let rest = settled?;
-        scanned?;
-        rest.finish().await
+            Err(ended) => Err((self.found.counts(), ended)),
+        }
     }
 
-    /// Reads one part of both tables, side by side.
-    async fn scan_part(&self, part: u32, suspects: mpsc::Sender<ItemKey>) -> Result<(), Ended> {
-        let segments = self.segments.max(1);
-        let at_once = SEGMENTS_AT_ONCE.min(segments as usize);
-        let segment = (part as i32, segments as i32);
-        let mut join = Join::new(self.memory / at_once);
-        let mut sides = [Scan::default(), Scan::default()];
-        while sides.iter().any(|side| !side.ended) {
-            let [first, second] = &sides;
-            let (source, target) = (first.is_next(second), second.is_next(first));
-            let read = async |wanted: bool, place: &Place, scan: &Scan| match wanted {
-                true => place.scan(segment, scan.after.clone()).await.map(Some),
-                false => Ok(None),
-            };
-            let (source, target) = tokio::try_join!(
-                read(source, &self.source, first),
-                read(target, &self.target, second)
-            )?;
-            for (side, page) in [(Side::Source, source), (Side::Target, target)] {
-                let Some(page) = page else { continue };
-                let scan = &mut sides[usize::from(side == Side::Target)];
-                scan.pages += 1;
-                scan.ended = page.next.is_none();
-                scan.after = page.next;
-                for item in page.items {
-                    let key = self.key_of(&item);
-                    let digest = Digest::of_item(&item);
-                    if let Met::Suspect(key) = join.meet(side, key, digest) {
-                        self.suspect(key, &suspects).await?;
+    /// The counts, and what was too much to delete.
+    async fn work<'a>(
+        &'a self,
+        in_hand: &mut Vec<InHand<'a>>,
+    ) -> Result<(Counts, Option<(u64, u64)>), Ended> {
+        let Desk::Shared(shared) = &self.desk else {
+            self.read_all(in_hand).await?;
+            return Ok((self.found.counts(), None));
+        };
+        let rows = self.read_until_whole(shared, in_hand).await?;
+        let (rows, too_many) = self.delete(shared, rows, in_hand).await?;
+        let Some(plan) = &rows.plan else {
+            return Err(Ended::Gone);
+        };
+        if let Some(counts) = &plan.ended {
+            return Ok((counts.clone(), plan.too_many_deletes));
+        }
+        let counts = rows.counts();
+        let ended = shared.end(&rows, &counts, too_many).await;
+        ended.map_err(|fault| shared.failed(fault))?;
+        Ok((counts, too_many))
+    }
+
+    /// Reads what there is to read, until nothing is, or others have it in hand.
+    async fn read_all<'a>(&'a self, in_hand: &mut Vec<InHand<'a>>) -> Result<bool, Ended> {
+        let mut at_work = FuturesUnordered::new();
+        let mut mine: Vec<u32> = in_hand.iter().map(|one| one.segment.number).collect();
+        let mut others = false;
+        let mut failed = None;
+        loop {
+            while at_work.len() < SEGMENTS_AT_ONCE && failed.is_none() {
+                let segment = match self.desk.claim(self.segments, &mine).await {
+                    Ok(Claim::Alone(number)) => Segment::alone(self, number),
+                    Ok(Claim::Held(hold)) => Segment::held(self, hold),
+                    Ok(Claim::Nothing) => break,
+                    Ok(Claim::Others) => {
+                        others = true;
+                        break;
                     }
+                    Err(ended) => {
+                        failed = Some(ended);
+                        break;
+                    }
+                };
+                mine.push(segment.number);
+                at_work.push(segment.read());
+            }
+            match at_work.next().await {
+                None => break,
+                Some(Ok(None)) => {}
+                Some(Ok(Some(left))) => in_hand.push(left),
+                Some(Err(ended)) => {
+                    // The others end by themselves: what they wrote last is verified.
+                    self.stop.cancel();
+                    failed = failed.or(Some(ended));
                 }
             }
-            self.look_up(&mut join, &suspects).await?;
         }
-        for key in join.finish() {
-            self.suspect(key, &suspects).await?;
+        failed.map_or(Ok(others), Err)
+    }
+
+    /// Reads on, beside the other processes of the job, until all segments are read by somebody.
+    async fn read_until_whole<'a>(
+        &'a self,
+        shared: &Shared,
+        in_hand: &mut Vec<InHand<'a>>,
+    ) -> Result<Rows, Ended> {
+        loop {
+            self.read_all(in_hand).await?;
+            self.verify(in_hand).await?;
+            let rows = shared.rows().await?;
+            let is_over = rows.plan.as_ref().is_none_or(|plan| plan.ended.is_some());
+            if is_over || rows.scanned(self.segments).is_some() {
+                return Ok(rows);
+            }
+            self.wait().await?;
+        }
+    }
+
+    async fn wait(&self) -> Result<(), Ended> {
+        tokio::select! {
+            () = tokio::time::sleep(WAIT_FOR_OTHERS) => Ok(()),
+            () = self.stop.cancelled() => Err(Ended::Stopped),
+        }
+    }
+
+    /// Deletes what only the target has, if that is not too much. Returns the rows once all is done, and
+    /// what was too much.
+    async fn delete<'a>(
+        &'a self,
+        shared: &Shared,
+        mut rows: Rows,
+        in_hand: &mut Vec<InHand<'a>>,
+    ) -> Result<(Rows, Option<(u64, u64)>), Ended> {
+        loop {
+            let is_over = rows.plan.as_ref().is_none_or(|plan| plan.ended.is_some());
+            let Some((items, extra)) = rows.scanned(self.segments).filter(|_| !is_over) else {
+                if is_over {
+                    return Ok((rows, None));
+                }
+                // Somebody died with keys that were in its hands only: they are looked for again.
+                rows = self.read_until_whole(shared, in_hand).await?;
+                continue;
+            };
+            let allowed = match (&self.repairs, &self.strategy) {
+                (Some(repairs), Strategy::Mirror) => repairs.max_deletes.of(items),
+                _ => u64::MAX,
+            };
+            let too_many = (extra > allowed).then_some((extra, allowed));
+            let mut mine = std::mem::take(in_hand).into_iter();
+            while let Some(left) = mine.next() {
+                let finished = self.finish(left, too_many.is_some(), in_hand).await;
+                if finished.is_err() {
+                    in_hand.extend(mine);
+                    return Err(finished.err().unwrap_or(Ended::Lost));
+                }
+            }
+            for row in rows.segments.values().filter(|row| !row.done) {
+                if !row.is_whole() {
+                    continue;
+                }
+                let held = shared.take(row.clone()).await;
+                if let Some(hold) = held.map_err(|fault| shared.failed(fault))? {
+                    let left = InHand {
+                        segment: Segment::again(self, hold),
+                        rest: Rest::default(),
+                    };
+                    self.finish(left, too_many.is_some(), in_hand).await?;
+                }
+            }
+            self.verify(in_hand).await?;
+            rows = shared.rows().await?;
+            if rows.is_done(self.segments) || rows.plan.is_none() {
+                return Ok((rows, too_many));
+            }
+            if in_hand.is_empty() {
+                self.wait().await?;
+                // What one had in hand that died meanwhile is looked for again.
+                self.read_all(in_hand).await?;
+                rows = shared.rows().await?;
+            }
+        }
+    }
+
+    /// Deletes what is to be deleted of one segment; then it is done, unless something is not verified.
+    async fn finish<'a>(
+        &'a self,
+        mut left: InHand<'a>,
+        keeps: bool,
+        in_hand: &mut Vec<InHand<'a>>,
+    ) -> Result<(), Ended> {
+        let in_row = left.segment.kept.as_ref().map(|kept| kept.hold.row());
+        let in_row = in_row.map_or(Vec::new(), |row| extra_of(&row));
+        let spilled = left.rest.extra.take();
+        if !keeps && self.repairs.is_some() {
+            let mut keys = in_row.into_iter().map(Ok).collect::<Vec<_>>();
+            if let Some(spill) = spilled {
+                keys.extend(spill.read().map_err(Ended::File)?);
+            }
+            let mut keys = keys.into_iter().peekable();
+            while keys.peek().is_some() {
+                let some = keys.by_ref().take(DELETED_MAX);
+                let some: Result<Vec<ItemKey>, _> = some.collect();
+                let some = some.map_err(Ended::File)?;
+                let ended = self.mend_left(&mut left, some, false).await;
+                if let Some(ended) = ended {
+                    in_hand.push(left);
+                    return Err(ended);
+                }
+            }
+        }
+        match left.rest.is_empty() {
+            true => left.segment.done().await,
+            false => {
+                in_hand.push(left);
+                Ok(())
+            }
+        }
+    }
+
+    /// Repairs keys of a segment that was read before. `again`: they were written once.
+    async fn mend_left(
+        &self,
+        left: &mut InHand<'_>,
+        keys: Vec<ItemKey>,
+        again: bool,
+    ) -> Option<Ended> {
+        let mut open: HashSet<ItemKey> = match again {
+            true => keys.iter().cloned().collect(),
+            false => HashSet::new(),
+        };
+        let mended = mend(&left.segment, keys).await;
+        for (key, fate) in mended.fates {
+            self.found.add(&fate.counts());
+            left.segment.book.ledger().add(&fate.counts());
+            match fate {
+                Fate::Unverified => open.insert(key),
+                _ => open.remove(&key),
+            };
+        }
+        left.segment.unverified(open.len());
+        left.rest.unverified.extend(open);
+        mended.ended
+    }
+
+    /// Repairs again what was written and not verified, once every write of before is dead. What is
+    /// verified then is done, unless there is something to delete.
+    async fn verify<'a>(&'a self, in_hand: &mut Vec<InHand<'a>>) -> Result<(), Ended> {
+        let Some(repairs) = &self.repairs else {
+            return Ok(());
+        };
+        for _ in 0..VERIFY_ROUNDS {
+            if in_hand.iter().all(|left| left.rest.unverified.is_empty()) {
+                break;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(repairs.late_effect) => {}
+                () = self.stop.cancelled() => return Err(Ended::Stopped),
+            }
+            for left in in_hand.iter_mut() {
+                let keys = std::mem::take(&mut left.rest.unverified);
+                left.segment.verified(keys.len());
+                if let Some(ended) = self.mend_left(left, keys, true).await {
+                    return Err(ended);
+                }
+            }
+        }
+        if in_hand.iter().any(|left| !left.rest.unverified.is_empty()) {
+            // Its rows stay, as an alarm.
+            return Err(Ended::Unverified);
+        }
+        for left in std::mem::take(in_hand) {
+            match left.rest.is_empty() {
+                true => left.segment.reading_ends().await?,
+                false => in_hand.push(left),
+            }
         }
         Ok(())
     }
 
     fn key_of(&self, item: &Item) -> ItemKey {
-        let parts = self.key_names.iter();
-        let keys = parts.filter_map(|name| Some((name.clone(), item.get(name)?.clone())));
-        ItemKey::new(&keys.collect())
-    }
-
-    async fn suspect(&self, key: ItemKey, suspects: &mpsc::Sender<ItemKey>) -> Result<(), Ended> {
-        self.found.suspects.fetch_add(1, Ordering::Relaxed);
-        // Refused only when the settler has ended, and then its reason is told.
-        suspects.send(key).await.map_err(|_| Ended::Stopped)
-    }
-
-    /// Looks up on the other side what has waited longest, where more waits than may.
-    async fn look_up(
-        &self,
-        join: &mut Join<ItemKey>,
-        suspects: &mpsc::Sender<ItemKey>,
-    ) -> Result<(), Ended> {
-        let mut looks: [Vec<Look<ItemKey>>; 2] = [Vec::new(), Vec::new()];
-        while let Some(look) = join.overflow() {
-            looks[usize::from(look.seen_on == Side::Target)].push(look);
-        }
-        let [on_source, on_target] = looks;
-        for (looks, other) in [(on_source, &self.target), (on_target, &self.source)] {
-            let mut looks = looks.into_iter().peekable();
-            while looks.peek().is_some() {
-                let batch: Vec<_> = looks.by_ref().take(BATCH_KEYS_MAX).collect();
-                let keys: Vec<ItemKey> = batch.iter().map(|look| look.key.clone()).collect();
-                let mut found: HashMap<ItemKey, Option<Digest>> = HashMap::new();
-                for item in other.get(&keys).await? {
-                    found.insert(self.key_of(&item), Digest::of_item(&item));
-                }
-                for look in batch {
-                    let there = found.remove(&look.key);
-                    if let Met::Suspect(key) = join.looked_up(look, there) {
-                        self.suspect(key, suspects).await?;
-                    }
-                }
-            }
-        }
-        Ok(())
+        key_of(&self.key_names, item)
     }
 }
 
-impl join::Key for ItemKey {
-    fn digest(&self) -> Digest {
-        Digest::of_key(self)
-    }
-
-    fn bytes(&self) -> usize {
-        self.as_bytes().len()
-    }
-}
-
-/// How far one side of a part is read.
-#[derive(Default)]
-struct Scan {
-    after: Option<Item>,
-    pages: u64,
-    ended: bool,
-}
-
-impl Scan {
-    /// Whether its next page is read now: not where the other side is far behind.
-    fn is_next(&self, other: &Self) -> bool {
-        !self.ended && (other.ended || self.pages < other.pages + AHEAD_MAX)
-    }
+/// The key of `item`, by the attributes that make it.
+fn key_of(names: &[String], item: &Item) -> ItemKey {
+    let parts = names.iter();
+    let keys = parts.filter_map(|name| Some((name.clone(), item.get(name)?.clone())));
+    ItemKey::new(&keys.collect())
 }

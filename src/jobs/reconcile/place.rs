@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use super::Ended;
@@ -27,8 +29,7 @@ pub struct Place {
     /// What reading it by key is called in errors.
     reading: Operation,
     budget: Budget,
-    items: AtomicU64,
-    /// Thousandths of read units.
+    /// Thousandths of read units spent so far.
     milliunits: AtomicU64,
     stop: CancellationToken,
 }
@@ -47,7 +48,6 @@ impl Place {
             table: table.to_owned(),
             reading,
             budget: Budget::new(units_per_second),
-            items: AtomicU64::new(0),
             milliunits: AtomicU64::new(0),
             stop: stop.clone(),
         }
@@ -68,30 +68,19 @@ impl Place {
         format!("{} in {}", self.table, self.region.label)
     }
 
-    /// Items scanned so far.
-    pub fn items(&self) -> u64 {
-        self.items.load(Ordering::Relaxed)
-    }
-
-    /// Read units spent so far, of scans and of reads by key.
-    pub fn units(&self) -> f64 {
-        self.milliunits.load(Ordering::Relaxed) as f64 / 1_000.0
-    }
-
     /// The page of `segment` (of so many) that begins after `after`.
     pub async fn scan(&self, segment: (i32, i32), after: Option<Item>) -> Result<ScanPage, Ended> {
         let table = (&self.region.tables, self.table.as_str());
         let page = self
-            .patiently(async || scan_page(table, segment, after.clone(), None).await)
+            .patiently(|| scan_page(table, segment, after.clone(), None).boxed())
             .await?;
-        self.items
-            .fetch_add(page.items.len() as u64, Ordering::Relaxed);
         self.pay(page.units).await;
         Ok(page)
     }
 
-    /// The items under `keys`, read consistently.
-    pub async fn get(&self, keys: &[ItemKey]) -> Result<Vec<Item>, Ended> {
+    /// The items under `keys`, read consistently, and the read units that it took.
+    pub async fn get(&self, keys: &[ItemKey]) -> Result<(Vec<Item>, f64), Ended> {
+        let mut units = 0.0;
         let table = (&self.region.tables, self.table.as_str());
         let mut left: Vec<Item> = keys.iter().map(ItemKey::to_keys).collect();
         let mut found = Vec::with_capacity(keys.len());
@@ -99,9 +88,10 @@ impl Place {
         while !left.is_empty() {
             let now = left.len().min(BATCH_KEYS_MAX);
             let got = self
-                .patiently(async || batch_get(self.reading, table, &left[..now]).await)
+                .patiently(|| batch_get(self.reading, table, &left[..now]).boxed())
                 .await?;
             self.pay(got.units).await;
+            units += got.units;
             if !got.left.is_empty() {
                 tokio::time::sleep(backoff.pause()).await;
             }
@@ -109,7 +99,7 @@ impl Place {
             left.drain(..now);
             left.extend(got.left);
         }
-        Ok(found)
+        Ok((found, units))
     }
 
     /// Pays after the fact: what a read costs is known only then.
@@ -129,7 +119,10 @@ impl Place {
         }
     }
 
-    async fn patiently<T>(&self, call: impl AsyncFn() -> Result<T, Fault>) -> Result<T, Ended> {
+    async fn patiently<'a, T>(
+        &self,
+        call: impl Fn() -> BoxFuture<'a, Result<T, Fault>>,
+    ) -> Result<T, Ended> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut failing: Option<Instant> = None;
         loop {

@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::judge::{Held, Kind};
@@ -14,8 +14,8 @@ use crate::dynamo::json::item_to_json;
 use crate::dynamo::value::Item;
 
 /// What was found in one table, and done.
-#[derive(Debug, Default, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Default, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Counts {
     /// Items scanned in the source.
     pub source_items: u64,
@@ -39,18 +39,50 @@ pub struct Counts {
     pub repaired: u64,
     /// Keys that the target refuses to take.
     pub refused: u64,
+    /// Differences that the strategy does not touch.
+    pub left: u64,
     /// Keys that were being written when that was cut short: they may hold something older.
     pub unverified: u64,
 }
 
-impl Counts {
-    /// Counts a difference.
-    pub fn differs(&mut self, kind: Kind) {
-        match kind {
-            Kind::Missing => self.missing += 1,
-            Kind::Changed => self.changed += 1,
-            Kind::Extra => self.extra += 1,
+impl std::ops::Add<&Counts> for Counts {
+    type Output = Counts;
+
+    fn add(self, other: &Counts) -> Counts {
+        Counts {
+            source_items: self.source_items + other.source_items,
+            target_items: self.target_items + other.target_items,
+            source_units: self.source_units + other.source_units,
+            target_units: self.target_units + other.target_units,
+            suspects: self.suspects + other.suspects,
+            missing: self.missing + other.missing,
+            changed: self.changed + other.changed,
+            extra: self.extra + other.extra,
+            unsettled: self.unsettled + other.unsettled,
+            repaired: self.repaired + other.repaired,
+            refused: self.refused + other.refused,
+            left: self.left + other.left,
+            unverified: self.unverified + other.unverified,
         }
+    }
+}
+
+impl std::ops::AddAssign<&Counts> for Counts {
+    fn add_assign(&mut self, other: &Counts) {
+        *self = std::mem::take(self) + other;
+    }
+}
+
+impl Counts {
+    /// One difference.
+    pub fn of(kind: Kind) -> Self {
+        let mut counts = Self::default();
+        match kind {
+            Kind::Missing => counts.missing = 1,
+            Kind::Changed => counts.changed = 1,
+            Kind::Extra => counts.extra = 1,
+        }
+        counts
     }
 
     /// Differences found.
@@ -59,7 +91,7 @@ impl Counts {
     }
 
     /// Differences that are still there, and keys nobody can speak for.
-    pub fn left(&self) -> u64 {
+    pub fn remaining(&self) -> u64 {
         self.different().saturating_sub(self.repaired) + self.unsettled
     }
 }
@@ -71,16 +103,17 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// A new file. `images`: with both items, whole.
+    /// A new file; `goes_on`: or the end of the one that is there. `images`: with both items, whole.
     ///
     /// # Errors
     /// It cannot be made, or is there already: a report is not written over.
-    pub fn create(path: &Path, images: bool) -> std::io::Result<Self> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)?;
+    pub fn create(path: &Path, images: bool, goes_on: bool) -> std::io::Result<Self> {
+        let mut options = OpenOptions::new();
+        match goes_on {
+            true => options.create(true).append(true),
+            false => options.create_new(true).write(true),
+        };
+        let file = options.mode(0o600).open(path)?;
         Ok(Self {
             file: Mutex::new(BufWriter::new(file)),
             images,

@@ -1,30 +1,28 @@
-//! Looks at suspects until they are settled, and repairs those that differ.
+//! Looks at suspects until they are settled, and has those that differ repaired.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use futures::stream::StreamExt;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 
-use super::judge::{Flow, FlowWatch, Held, Kind, Suspicion, Verdict};
-use super::report::Line;
+use super::Ended;
+use super::join::Side;
+use super::judge::{Flow, Held, Kind, Suspicion, Verdict};
+use super::mend::{Fate, mend};
+use super::report::{Counts, Line};
+use super::segment::{Segment, Suspect};
 use super::spill::Spill;
-use super::{Ended, Reconcile, Repairs};
-use crate::apply::batch::BATCH_OPS_MAX;
+use super::strategy::Deed;
 use crate::dynamo::clock::host_ms;
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::BATCH_KEYS_MAX;
 use crate::dynamo::value::Item;
-use crate::error::{Operation, Policy};
-use crate::repair::{self, Repairer, Unfinished};
 
 /// Suspects looked at in turns.
-const OPEN_MAX: usize = 20_000;
+const OPEN_MAX: usize = 5_000;
 /// Calls of one turn on each side.
 const CALLS_AT_ONCE: usize = 4;
 /// Looks fit into the time to settle so often.
@@ -34,36 +32,34 @@ const LOOKS_IN_SETTLE: u32 = 2;
 const PATIENT_SETTLES: u32 = 12;
 const PATIENT_FLOWS: u32 = 3;
 /// Keys remembered as judged; with more, they are forgotten and may be reported twice.
-const JUDGED_MAX: usize = 500_000;
-/// The state table is asked for the flow no more often.
-const FLOW_EVERY: Duration = Duration::from_millis(500);
-/// Batches repaired at once.
-const REPAIRS_AT_ONCE: usize = 4;
+const JUDGED_MAX: usize = 100_000;
 /// Keys gathered before they are repaired.
-const REPAIRS_MAX: usize = 500;
-/// How often keys that were written and not verified are repaired again.
-const VERIFY_ROUNDS: u32 = 3;
+const MENDED_MAX: usize = 500;
 
 pub(super) struct Settler<'a> {
-    job: &'a Reconcile,
-    watch: FlowWatch,
-    flow: Option<(Instant, Flow)>,
-    fresh: VecDeque<ItemKey>,
+    segment: &'a Segment<'a>,
+    fresh: VecDeque<Suspect>,
     /// Looked at before, in the order in which they are to be looked at again.
     waiting: VecDeque<Open>,
-    differ: Vec<ItemKey>,
-    /// Those that are being looked at: one look may not name a key twice.
-    open: HashSet<Digest>,
-    /// Those that were called different: where the two sides come in other orders a key may be a
-    /// suspect twice.
+    differ: Vec<Differing>,
+    /// Those that are being looked at: one look may not name a key twice. Where the two sides come in
+    /// other orders a key may be a suspect twice, and holds more pages then.
+    open: HashMap<Digest, Vec<super::ledger::Origin>>,
+    /// Those that were called different.
     judged: HashSet<Digest>,
-    rest: Rest<'a>,
+    rest: Rest,
 }
 
 struct Open {
     key: ItemKey,
     suspicion: Suspicion,
     due: Instant,
+}
+
+/// A difference that is to be repaired.
+struct Differing {
+    suspect: Suspect,
+    kind: Kind,
 }
 
 /// What one look saw.
@@ -73,41 +69,47 @@ struct Look {
     target: Option<Item>,
 }
 
+/// What is left to do for a segment once it is read.
+#[derive(Default)]
+pub(super) struct Rest {
+    /// Keys to delete at the end that do not fit into its row.
+    pub(super) extra: Option<Spill>,
+    /// Keys that were written and not verified: their last write may come to nothing good.
+    pub(super) unverified: Vec<ItemKey>,
+}
+
+impl Rest {
+    pub(super) fn is_empty(&self) -> bool {
+        self.extra.is_none() && self.unverified.is_empty()
+    }
+}
+
 impl<'a> Settler<'a> {
-    pub(super) fn new(job: &'a Reconcile) -> Result<Self, Ended> {
-        Ok(Self {
-            job,
-            watch: FlowWatch::default(),
-            flow: None,
+    pub(super) fn new(segment: &'a Segment<'a>) -> Self {
+        Self {
+            segment,
             fresh: VecDeque::new(),
             waiting: VecDeque::new(),
             differ: Vec::new(),
-            open: HashSet::new(),
+            open: HashMap::new(),
             judged: HashSet::new(),
-            rest: Rest {
-                job,
-                extra: match job.repairs {
-                    Some(_) => Some(Spill::new().map_err(Ended::File)?),
-                    None => None,
-                },
-                unverified: Vec::new(),
-            },
-        })
+            rest: Rest::default(),
+        }
     }
 
     /// Settles what comes until nothing comes any more. Returns what is left to do then.
     pub(super) async fn run(
         mut self,
-        mut suspects: mpsc::Receiver<ItemKey>,
-    ) -> Result<Rest<'a>, Ended> {
+        mut suspects: mpsc::Receiver<Suspect>,
+    ) -> Result<Rest, Ended> {
         loop {
-            if self.job.stop.is_cancelled() {
+            if self.segment.job.stop.is_cancelled() {
                 return Err(Ended::Stopped);
             }
             let mut is_over = false;
             while self.fresh.len() + self.waiting.len() < OPEN_MAX {
                 match suspects.try_recv() {
-                    Ok(key) => self.take_in(key),
+                    Ok(suspect) => self.take_in(suspect),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
                         is_over = true;
@@ -121,11 +123,11 @@ impl<'a> Settler<'a> {
                 continue;
             }
             if self.waiting.is_empty() && is_over {
-                self.repair_differing().await?;
+                self.mend_differing().await?;
                 return Ok(self.rest);
             }
             if !self.differ.is_empty() {
-                self.repair_differing().await?;
+                self.mend_differing().await?;
                 continue;
             }
             let next = self.waiting.front().map(|open| open.due);
@@ -135,18 +137,23 @@ impl<'a> Settler<'a> {
             let wanted = !is_over && self.waiting.len() < OPEN_MAX;
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
-                () = self.job.stop.cancelled() => {}
-                key = suspects.recv(), if wanted => if let Some(key) = key {
-                    self.take_in(key);
+                () = self.segment.job.stop.cancelled() => {}
+                suspect = suspects.recv(), if wanted => if let Some(suspect) = suspect {
+                    self.take_in(suspect);
                 },
             }
         }
     }
 
-    fn take_in(&mut self, key: ItemKey) {
-        let digest = Digest::of_key(&key);
-        if !self.judged.contains(&digest) && self.open.insert(digest) {
-            self.fresh.push_back(key);
+    fn take_in(&mut self, suspect: Suspect) {
+        let id = Digest::of_key(&suspect.key);
+        if self.judged.contains(&id) {
+            self.segment.book.ledger().settle(&suspect.origins);
+        } else if let Some(origins) = self.open.get_mut(&id) {
+            origins.extend(suspect.origins);
+        } else {
+            self.open.insert(id, suspect.origins.clone());
+            self.fresh.push_back(suspect);
         }
     }
 
@@ -156,9 +163,9 @@ impl<'a> Settler<'a> {
         while due.len() < BATCH_KEYS_MAX * CALLS_AT_ONCE {
             if self.waiting.front().is_some_and(|open| open.due <= now) {
                 due.extend(self.waiting.pop_front());
-            } else if let Some(key) = self.fresh.pop_front() {
+            } else if let Some(suspect) = self.fresh.pop_front() {
                 due.push(Open {
-                    key,
+                    key: suspect.key,
                     suspicion: Suspicion::default(),
                     due: now,
                 });
@@ -170,9 +177,13 @@ impl<'a> Settler<'a> {
     }
 
     async fn look(&mut self, due: Vec<Open>) -> Result<(), Ended> {
-        let at_ms = self.job.source.region().clock.now_ms();
+        let job = self.segment.job;
+        let at_ms = job.source.region().clock.now_ms();
         // Before the target is read.
-        let flow = self.flow().await?;
+        let flow = match &job.flow {
+            Some(flow) => flow.ask(&job.table).await?,
+            None => Flow::Still,
+        };
         let mut batches = Vec::new();
         let mut due = due.into_iter().peekable();
         while due.peek().is_some() {
@@ -182,8 +193,8 @@ impl<'a> Settler<'a> {
         for look in looks.into_iter().flatten() {
             self.judge(look, at_ms, flow)?;
         }
-        if self.differ.len() >= REPAIRS_MAX {
-            self.repair_differing().await?;
+        if self.differ.len() >= MENDED_MAX {
+            self.mend_differing().await?;
         }
         Ok(())
     }
@@ -191,8 +202,8 @@ impl<'a> Settler<'a> {
     async fn read(&self, batch: Vec<Open>) -> Result<Vec<Look>, Ended> {
         let keys: Vec<ItemKey> = batch.iter().map(|open| open.key.clone()).collect();
         // The source first: what the target holds is at least as new then, where changes flow.
-        let mut source = self.by_key(self.job.source.get(&keys).await?);
-        let mut target = self.by_key(self.job.target.get(&keys).await?);
+        let mut source = self.by_key(self.segment.get(Side::Source, &keys).await?);
+        let mut target = self.by_key(self.segment.get(Side::Target, &keys).await?);
         let look = |open: Open| Look {
             source: source.remove(&open.key),
             target: target.remove(&open.key),
@@ -202,8 +213,9 @@ impl<'a> Settler<'a> {
     }
 
     fn by_key(&self, items: Vec<Item>) -> HashMap<ItemKey, Item> {
+        let job = self.segment.job;
         let items = items.into_iter();
-        items.map(|item| (self.job.key_of(&item), item)).collect()
+        items.map(|item| (job.key_of(&item), item)).collect()
     }
 
     fn judge(&mut self, look: Look, at_ms: i64, flow: Flow) -> Result<(), Ended> {
@@ -212,11 +224,12 @@ impl<'a> Settler<'a> {
             source,
             target,
         } = look;
+        let job = self.segment.job;
         let id = Digest::of_key(&open.key);
-        if let (None, Some(item), Some(keep)) = (&source, &target, &self.job.keep_expired)
+        if let (None, Some(item), Some(keep)) = (&source, &target, &job.keep_expired)
             && keep.keeps(item, host_ms())
         {
-            self.open.remove(&id);
+            self.close(id);
             return Ok(());
         }
         let held = |item: &Option<Item>| match item {
@@ -227,285 +240,163 @@ impl<'a> Settler<'a> {
         let patience_ms = self.patience().as_millis() as i64;
         let Some(verdict) = open.suspicion.look(from, to, at_ms, flow, patience_ms) else {
             // Not in step with anything that happens at even intervals.
-            let pause = self.job.settle.mul_f64(rand::random_range(0.9..1.1));
+            let pause = job.settle.mul_f64(rand::random_range(0.9..1.1));
             open.due = Instant::now() + pause / LOOKS_IN_SETTLE;
             self.waiting.push_back(open);
             return Ok(());
         };
-        self.open.remove(&id);
         let kind = match verdict {
-            Verdict::Equal => return Ok(()),
-            Verdict::Differs(kind) => {
-                self.job.found.counts().differs(kind);
-                Some(kind)
+            Verdict::Equal => {
+                self.close(id);
+                return Ok(());
             }
-            Verdict::Unsettled => {
-                self.job.found.counts().unsettled += 1;
-                None
-            }
+            Verdict::Differs(kind) => Some(kind),
+            Verdict::Unsettled => None,
         };
         if self.judged.len() >= JUDGED_MAX {
             self.judged.clear();
         }
         self.judged.insert(id);
-        if let Some(lines) = &self.job.lines {
-            let keys = open.key.to_keys();
-            let of = |item: &Item| {
-                let parts = item.iter().filter(|(name, _)| keys.contains_key(*name));
-                parts.map(|(n, v)| (n.clone(), v.clone())).collect::<Item>()
-            };
-            // As the tables spell it.
-            let key = source
-                .as_ref()
-                .or(target.as_ref())
-                .map_or_else(|| keys.clone(), of);
-            let line = Line {
-                table: &self.job.table,
-                key: &key,
+        if !self.segment.book.ledger().is_known(id) {
+            self.report(
+                &open.key,
                 kind,
-                source: (from, source.as_ref()),
-                target: (to, target.as_ref()),
-            };
-            lines.write(&line).map_err(Ended::File)?;
+                (from, source.as_ref()),
+                (to, target.as_ref()),
+            )?;
         }
-        match (kind, &self.job.repairs) {
-            (Some(Kind::Extra), Some(_)) => {
-                if let Some(extra) = &mut self.rest.extra {
-                    extra.push(&open.key).map_err(Ended::File)?;
+        let Some(kind) = kind else {
+            let unsettled = Counts {
+                unsettled: 1,
+                ..Counts::default()
+            };
+            self.count(id, &unsettled);
+            self.close(id);
+            return Ok(());
+        };
+        let deed = job.strategy.deed(kind, source.as_ref(), target.as_ref());
+        self.differs(open.key, id, kind, deed)
+    }
+
+    /// A key differs: what becomes of it?
+    fn differs(&mut self, key: ItemKey, id: Digest, kind: Kind, deed: Deed) -> Result<(), Ended> {
+        let mut counts = Counts::of(kind);
+        if deed == Deed::Leave {
+            counts.left = 1;
+        }
+        match (deed, &self.segment.job.repairs) {
+            (Deed::Leave, _) | (_, None) => {
+                self.count(id, &counts);
+                self.close(id);
+            }
+            (Deed::Delete, Some(_)) => {
+                self.count(id, &counts);
+                if self.segment.book.keep_extra(&key) {
+                    self.close(id);
+                } else {
+                    // Its pages stay in hand.
+                    self.open.remove(&id);
+                    let spill = match self.rest.extra.take() {
+                        Some(spill) => Ok(spill),
+                        None => Spill::new(),
+                    };
+                    let spill = self.rest.extra.insert(spill.map_err(Ended::File)?);
+                    spill.push(&key).map_err(Ended::File)?;
                 }
             }
-            (Some(_), Some(_)) => self.differ.push(open.key),
-            _ => {}
+            (Deed::Mirror | Deed::Put, Some(_)) => {
+                if !self.segment.book.ledger().is_known(id) {
+                    self.segment.job.found.add(&counts);
+                }
+                let origins = self.open.get(&id).cloned().unwrap_or_default();
+                let suspect = Suspect { key, origins };
+                self.differ.push(Differing { suspect, kind });
+            }
         }
         Ok(())
     }
 
-    async fn repair_differing(&mut self) -> Result<(), Ended> {
-        let keys = std::mem::take(&mut self.differ);
-        self.rest.repair(keys).await
+    /// Counts what was found, once.
+    fn count(&self, id: Digest, counts: &Counts) {
+        let mut ledger = self.segment.book.ledger();
+        if !ledger.is_known(id) {
+            self.segment.job.found.add(counts);
+        }
+        let origins = self.open.get(&id).map_or(&[][..], Vec::as_slice);
+        ledger.note(id, origins, counts.clone());
+    }
+
+    /// Nothing is left to do for a key.
+    fn close(&mut self, id: Digest) {
+        if let Some(origins) = self.open.remove(&id) {
+            self.segment.book.ledger().settle(&origins);
+        }
+    }
+
+    fn report(
+        &self,
+        key: &ItemKey,
+        kind: Option<Kind>,
+        source: (Held, Option<&Item>),
+        target: (Held, Option<&Item>),
+    ) -> Result<(), Ended> {
+        let job = self.segment.job;
+        let Some(lines) = &job.lines else {
+            return Ok(());
+        };
+        let keys = key.to_keys();
+        let of = |item: &Item| {
+            let parts = item.iter().filter(|(name, _)| keys.contains_key(*name));
+            parts.map(|(n, v)| (n.clone(), v.clone())).collect::<Item>()
+        };
+        // As the tables spell it.
+        let spelled = source.1.or(target.1).map_or_else(|| keys.clone(), of);
+        let line = Line {
+            table: &job.table,
+            key: &spelled,
+            kind,
+            source,
+            target,
+        };
+        lines.write(&line).map_err(Ended::File)
+    }
+
+    async fn mend_differing(&mut self) -> Result<(), Ended> {
+        let differing = std::mem::take(&mut self.differ);
+        let keys = differing.iter().map(|one| one.suspect.key.clone());
+        let mended = mend(self.segment, keys.collect()).await;
+        let mut fates: HashMap<ItemKey, Fate> = mended.fates.into_iter().collect();
+        for Differing { suspect, kind } in differing {
+            let id = Digest::of_key(&suspect.key);
+            let Some(fate) = fates.remove(&suspect.key) else {
+                // Nobody got to it: its pages stay in hand.
+                continue;
+            };
+            let mut counts = Counts::of(kind);
+            counts += &fate.counts();
+            {
+                let mut ledger = self.segment.book.ledger();
+                if !ledger.is_known(id) {
+                    self.segment.job.found.add(&fate.counts());
+                }
+                let origins = self.open.get(&id).map_or(&[][..], Vec::as_slice);
+                ledger.note(id, origins, counts);
+            }
+            match fate {
+                Fate::Unverified => {
+                    self.open.remove(&id);
+                    self.segment.unverified(1);
+                    self.rest.unverified.push(suspect.key);
+                }
+                Fate::Repaired | Fate::Refused | Fate::Left | Fate::Untouched => self.close(id),
+            }
+        }
+        mended.ended.map_or(Ok(()), Err)
     }
 
     fn patience(&self) -> Duration {
-        let flow = self
-            .job
-            .flow
-            .as_ref()
-            .map_or(Duration::ZERO, |flow| flow.patience);
-        self.job.settle * PATIENT_SETTLES + flow * PATIENT_FLOWS
+        let job = self.segment.job;
+        let flow = job.flow.as_ref().map_or(Duration::ZERO, |f| f.patience());
+        job.settle * PATIENT_SETTLES + flow * PATIENT_FLOWS
     }
-
-    async fn flow(&mut self) -> Result<Flow, Ended> {
-        let Some(source) = &self.job.flow else {
-            return Ok(Flow::Still);
-        };
-        if let Some((at, flow)) = self.flow
-            && at.elapsed() < FLOW_EVERY
-        {
-            return Ok(flow);
-        }
-        let now = Instant::now();
-        let flow = match source.state.rows().await {
-            Ok(rows) => {
-                let (epoch, table) = (source.epoch, &self.job.table);
-                self.watch.see(&rows, epoch, table, now, source.patience)
-            }
-            // Nothing is called different because the state table did not answer for a moment.
-            Err(fault) if fault.policy() == Policy::Retry => {
-                tracing::debug!(code = fault.code, "the state table did not answer");
-                Flow::Unknown
-            }
-            Err(fault) => {
-                return Err(Ended::Failed {
-                    subject: format!("the state table {}", source.state.name()),
-                    fault,
-                });
-            }
-        };
-        self.flow = Some((now, flow));
-        Ok(flow)
-    }
-}
-
-/// What is left to do once both tables are scanned.
-pub(super) struct Rest<'a> {
-    job: &'a Reconcile,
-    /// Keys to delete at the end.
-    extra: Option<Spill>,
-    /// Keys that were written and not verified: their last write may come to nothing good.
-    unverified: Vec<ItemKey>,
-}
-
-impl Rest<'_> {
-    /// Deletes what only the target has, if that is not too much, and repairs again what was not
-    /// verified.
-    pub(super) async fn finish(mut self) -> Result<(), Ended> {
-        let Some(repairs) = &self.job.repairs else {
-            return Ok(());
-        };
-        let extra = self.extra.as_ref().map_or(0, Spill::keys);
-        let allowed = repairs.max_deletes.of(self.job.target.items());
-        if let Some(spilled) = self.extra.take()
-            && extra <= allowed
-        {
-            let mut keys = Vec::with_capacity(REPAIRS_MAX);
-            for key in spilled.read().map_err(Ended::File)? {
-                keys.push(key.map_err(Ended::File)?);
-                if keys.len() >= REPAIRS_MAX {
-                    self.repair(std::mem::take(&mut keys)).await?;
-                }
-            }
-            self.repair(keys).await?;
-        }
-        self.verify(repairs).await?;
-        match extra > allowed {
-            true => Err(Ended::TooManyDeletes { extra, allowed }),
-            false => Ok(()),
-        }
-    }
-
-    /// Repairs again, once every write of before is dead.
-    async fn verify(&mut self, repairs: &Repairs) -> Result<(), Ended> {
-        for _ in 0..VERIFY_ROUNDS {
-            if self.unverified.is_empty() {
-                return Ok(());
-            }
-            tokio::select! {
-                () = tokio::time::sleep(repairs.late_effect) => {}
-                () = self.job.stop.cancelled() => return Err(Ended::Stopped),
-            }
-            let keys = std::mem::take(&mut self.unverified);
-            self.job.found.counts().unverified -= keys.len() as u64;
-            self.repair(keys).await?;
-        }
-        Ok(())
-    }
-
-    /// Makes items as the source has them.
-    async fn repair(&mut self, keys: Vec<ItemKey>) -> Result<(), Ended> {
-        let Some(repairs) = &self.job.repairs else {
-            return Ok(());
-        };
-        // All that began come to their ends, whatever becomes of one: what was written is verified.
-        let failed = AtomicBool::new(false);
-        let repaired: Vec<Repaired> = futures::stream::iter(keys.chunks(BATCH_OPS_MAX))
-            .map(async |chunk| {
-                if failed.load(Ordering::Relaxed) {
-                    return Repaired::default();
-                }
-                let repaired = repair_chunk(self.job, repairs, chunk).await;
-                failed.fetch_or(repaired.ended.is_some(), Ordering::Relaxed);
-                repaired
-            })
-            .buffer_unordered(REPAIRS_AT_ONCE)
-            .collect()
-            .await;
-        let mut ended = None;
-        for repaired in repaired {
-            self.job.found.counts().unverified += repaired.unverified.len() as u64;
-            self.unverified.extend(repaired.unverified);
-            ended = ended.or(repaired.ended);
-        }
-        ended.map_or(Ok(()), Err)
-    }
-}
-
-/// How the repair of a few keys came out.
-#[derive(Default)]
-struct Repaired {
-    unverified: Vec<ItemKey>,
-    ended: Option<Ended>,
-}
-
-/// Repairs a few keys.
-async fn repair_chunk(job: &Reconcile, repairs: &Repairs, keys: &[ItemKey]) -> Repaired {
-    match repair_once(job, repairs, keys).await {
-        // One hot key must not keep its neighbours.
-        (Err(Unfinished::Unsettled), _) if keys.len() > 1 => {
-            let mut all = Repaired::default();
-            for key in keys {
-                let one = std::slice::from_ref(key);
-                let (repaired, _) = repair_once(job, repairs, one).await;
-                // Whatever was written above is verified by this one, or is not.
-                let repaired = note(job, one, repaired, true);
-                all.unverified.extend(repaired.unverified);
-                all.ended = all.ended.or(repaired.ended);
-            }
-            all
-        }
-        (repaired, wrote) => note(job, keys, repaired, wrote),
-    }
-}
-
-/// Repairs a few keys, and says whether anything was written, or may have been.
-async fn repair_once(
-    job: &Reconcile,
-    repairs: &Repairs,
-    keys: &[ItemKey],
-) -> (Result<repair::Repaired, Unfinished>, bool) {
-    // Each is read on both sides, and in the source once more.
-    let units = u32::try_from(keys.len()).unwrap_or(u32::MAX);
-    tokio::join!(job.source.pace(units * 2), job.target.pace(units));
-    let wrote = AtomicBool::new(false);
-    let repairer = Repairer {
-        source: (&job.source.region().tables, job.source.table()),
-        replica: (&job.target.region().tables, job.target.table()),
-        writer: &repairs.writer,
-        bound: Arc::clone(&repairs.hold) as _,
-        stop: &job.stop,
-        keep_expired: job.keep_expired.clone(),
-        wrote: Some(&wrote),
-    };
-    let repaired = repairer.repair(keys.iter().map(ItemKey::to_keys)).await;
-    (repaired, wrote.into_inner())
-}
-
-fn note(
-    job: &Reconcile,
-    keys: &[ItemKey],
-    repaired: Result<repair::Repaired, Unfinished>,
-    wrote: bool,
-) -> Repaired {
-    let ended = match repaired {
-        Ok(repaired) => {
-            let refused = repaired.refused.len() as u64;
-            let mut counts = job.found.counts();
-            counts.repaired += keys.len() as u64 - refused;
-            counts.refused += refused;
-            for refused in &repaired.refused {
-                tracing::warn!(
-                    table = job.table,
-                    class = refused.fault.class.label(),
-                    code = refused.fault.code,
-                    "the target refuses an item of the source"
-                );
-            }
-            return Repaired::default();
-        }
-        Err(Unfinished::Unsettled) => None,
-        Err(Unfinished::Unanswered(fault)) => {
-            tracing::warn!(
-                table = job.table,
-                keys = keys.len(),
-                code = fault.code,
-                "a write was not answered: its keys are repaired again once it is dead"
-            );
-            None
-        }
-        Err(Unfinished::Failed(fault)) => Some(Ended::Failed {
-            subject: match fault.operation {
-                Operation::ReadSource => job.source.name(),
-                _ => job.target.name(),
-            },
-            fault,
-        }),
-        Err(Unfinished::Stopped) => Some(match job.stop.is_cancelled() {
-            true => Ended::Stopped,
-            false => Ended::Lost,
-        }),
-    };
-    let unverified = match wrote {
-        true => keys.to_vec(),
-        false => Vec::new(),
-    };
-    Repaired { unverified, ended }
 }

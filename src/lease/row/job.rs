@@ -18,11 +18,8 @@ pub struct JobRow {
     pub format_version: u32,
     /// Epoch it belongs to.
     pub epoch: u64,
-    /// `redrive`, `reconcile`.
+    /// `redrive`.
     pub kind: String,
-    /// The table it repairs, by its name in the configuration, where it is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub table: Option<String>,
     /// Label of the region it reads.
     pub source: String,
     /// Label of the region it writes.
@@ -47,7 +44,6 @@ impl JobRow {
             format_version: FORMAT_VERSION,
             epoch,
             kind: kind.to_owned(),
-            table: None,
             source: source.to_owned(),
             target: target.to_owned(),
             lease_owner: None,
@@ -55,18 +51,6 @@ impl JobRow {
             until: 0,
             at,
         }
-    }
-}
-
-/// Kind of a job that repairs a whole table.
-pub const RECONCILE: &str = "reconcile";
-
-impl JobRow {
-    /// The table whose repair died in the middle, or could not verify what it wrote, by `now_ms`: until
-    /// a next one comes to its end nobody can speak for it.
-    pub fn unfinished(&self, now_ms: i64) -> Option<&str> {
-        let is_dead = self.kind == RECONCILE && self.until < now_ms;
-        self.table.as_deref().filter(|_| is_dead)
     }
 }
 

@@ -1,0 +1,246 @@
+//! The rows of a comparison of two tables: what it is about, and its segments.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Counted, FORMAT_VERSION};
+use crate::jobs::reconcile::report::Counts;
+use crate::lease::hold::Holdable;
+
+/// `job#<id>#<table>`: the comparison of one table, as it was asked for. Whoever goes on with it, or
+/// joins it, goes by what stands here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ReconcileRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `reconcile`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// Epoch it belongs to.
+    pub epoch: u64,
+    /// The job, which may be about several tables.
+    pub job: String,
+    /// The table, by its name in the configuration.
+    pub table: String,
+    /// Its place among the tables of the job.
+    pub order: u32,
+    /// Label of the region that is right.
+    pub source: String,
+    /// Label of the region that is compared with it.
+    pub target: String,
+    /// Whether it repairs.
+    pub apply: bool,
+    /// How: `mirror`, `fill`, `newest=…`.
+    pub strategy: String,
+    /// What may be deleted, as it was asked for.
+    pub max_deletes: String,
+    /// Parts that each table is read in.
+    pub segments: u32,
+    /// Items of both tables together, about.
+    pub items: u64,
+    /// When it began, RFC 3339.
+    pub at: String,
+    /// The same, by the clock of the state table's region, in milliseconds.
+    pub at_ms: i64,
+    /// Grows with every update.
+    pub lease_counter: u64,
+    /// Processes that took part.
+    pub joined: u32,
+    /// What came of it, once it has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Counts>,
+    /// When, by the clock of the state table's region, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at_ms: Option<i64>,
+    /// More would have been deleted than may be, and nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub too_many_deletes: Option<(u64, u64)>,
+}
+
+impl ReconcileRow {
+    /// Key of the row of `table`.
+    pub fn key(job: &str, table: &str) -> String {
+        format!("job#{job}#{table}")
+    }
+}
+
+impl Counted for ReconcileRow {
+    fn key(&self) -> &str {
+        &self.lease_key
+    }
+
+    fn counter(&self) -> u64 {
+        self.lease_counter
+    }
+}
+
+/// `job#<id>#<table>#<number>`: a part of both tables, held like a lease by the process that reads it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SegmentRow {
+    /// Hash key.
+    pub lease_key: String,
+    /// `segment`.
+    pub entity_type: String,
+    /// Version of the row's form.
+    pub format_version: u32,
+    /// The job.
+    pub job: String,
+    /// The table, by its name in the configuration.
+    pub table: String,
+    /// Its number among the segments.
+    pub number: u32,
+    /// Who is at it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_owner: Option<String>,
+    /// Grows with every update.
+    pub lease_counter: u64,
+    /// No write of its owner takes effect later, by the clock of the state table's region, in
+    /// milliseconds.
+    pub until: i64,
+    /// Where the source is read on: everything before it is settled.
+    pub source: Mark,
+    /// The same of the target.
+    pub target: Mark,
+    /// What was found before these two.
+    pub counts: Counts,
+    /// Digests of keys that are counted there and stand behind one of the two marks, in base64: they
+    /// are met again, and not counted again.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub counted: String,
+    /// Keys that only the target has, in base64, while they wait to be deleted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extra: Vec<String>,
+    /// Both parts are read to their ends, and found to hold so much: items of the target, and those
+    /// that only it has. What is not before the marks is in the hands of the owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scanned: Option<(u64, u64)>,
+    /// Nothing is left to do.
+    pub done: bool,
+}
+
+/// How far a side is settled.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Mark {
+    /// Not at all.
+    #[default]
+    Start,
+    /// Up to this key, as DynamoDB JSON.
+    After(String),
+    /// To its end.
+    End,
+}
+
+impl SegmentRow {
+    /// The segment `number` of a job, not begun yet.
+    pub fn new(job: &str, table: &str, number: u32) -> Self {
+        Self {
+            lease_key: format!("{}#{number}", ReconcileRow::key(job, table)),
+            entity_type: "segment".to_owned(),
+            format_version: FORMAT_VERSION,
+            job: job.to_owned(),
+            table: table.to_owned(),
+            number,
+            lease_owner: None,
+            lease_counter: 0,
+            until: 0,
+            source: Mark::Start,
+            target: Mark::Start,
+            counts: Counts::default(),
+            counted: String::new(),
+            extra: Vec::new(),
+            scanned: None,
+            done: false,
+        }
+    }
+
+    /// Whether everything found stands in the row itself.
+    pub fn is_whole(&self) -> bool {
+        self.source == Mark::End && self.target == Mark::End
+    }
+}
+
+impl Counted for SegmentRow {
+    fn key(&self) -> &str {
+        &self.lease_key
+    }
+
+    fn counter(&self) -> u64 {
+        self.lease_counter
+    }
+}
+
+impl Holdable for SegmentRow {
+    fn count(&mut self) {
+        self.lease_counter += 1;
+    }
+
+    fn set_holder(&mut self, holder: Option<String>) {
+        self.lease_owner = holder;
+    }
+
+    fn until_mut(&mut self) -> &mut i64 {
+        &mut self.until
+    }
+}
+
+/// A comparison as the state table shows it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress<'a> {
+    /// What it is about.
+    pub plan: &'a ReconcileRow,
+    /// Its segments that were begun.
+    pub segments: Vec<&'a SegmentRow>,
+}
+
+/// All comparisons of the state table.
+pub fn comparisons<'a>(plans: &'a [ReconcileRow], segments: &'a [SegmentRow]) -> Vec<Progress<'a>> {
+    let of = |plan: &'a ReconcileRow| Progress {
+        plan,
+        segments: segments
+            .iter()
+            .filter(|row| row.job == plan.job && row.table == plan.table)
+            .collect(),
+    };
+    plans.iter().map(of).collect()
+}
+
+impl Progress<'_> {
+    /// Whether somebody is at it at `now_ms`, or its last writes may still take effect.
+    pub fn is_alive(&self, now_ms: i64) -> bool {
+        self.plan.ended.is_none() && self.segments.iter().any(|row| row.until >= now_ms)
+    }
+
+    /// Whether it repaired, and died or gave up before its end: what it wrote last nobody has verified.
+    pub fn is_unfinished(&self, now_ms: i64) -> bool {
+        let begun = !self.segments.is_empty();
+        self.plan.apply && self.plan.ended.is_none() && begun && !self.is_alive(now_ms)
+    }
+
+    /// What was found so far.
+    pub fn counts(&self) -> Counts {
+        let counts = self.segments.iter().map(|row| &row.counts);
+        counts.fold(Counts::default(), |sum, one| sum + one)
+    }
+
+    /// Segments with nothing left to do.
+    pub fn done(&self) -> usize {
+        self.segments.iter().filter(|row| row.done).count()
+    }
+
+    /// Which part of the items was read, from 0 to 1, about.
+    pub fn part(&self) -> f64 {
+        let counts = self.counts();
+        let read = (counts.source_items + counts.target_items) as f64;
+        let by_items = match self.plan.items {
+            0 => 0.0,
+            items => (read / items as f64).min(0.99),
+        };
+        match self.done() >= self.plan.segments as usize {
+            true => 1.0,
+            false => by_items,
+        }
+    }
+}
