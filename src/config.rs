@@ -18,7 +18,7 @@ use aws_smithy_types::date_time::Format;
 use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer};
 
-pub use reconcile::{MaxDeletes, Reconcile};
+pub use reconcile::{Audit, MaxDeletes, Reconcile};
 
 /// The value of `endpoint_url` that asks for a DynamoDB inside this process.
 pub const EMBEDDED: &str = "embedded";
@@ -53,6 +53,9 @@ pub struct Config {
     /// Comparing tables.
     #[serde(default)]
     pub reconcile: Reconcile,
+    /// Comparing them all the time.
+    #[serde(default)]
+    pub audit: Audit,
 }
 
 /// How a region is reached.

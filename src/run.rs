@@ -6,6 +6,7 @@
 //!          ─▶ metrics and health
 //! ```
 
+pub mod audit;
 pub mod context;
 pub mod covered;
 pub mod discovery;
@@ -200,6 +201,11 @@ async fn feed_until(
             table.clone(),
             stop.clone(),
         ));
+        repairs.spawn(keep_auditing(
+            Arc::clone(&shared),
+            table.clone(),
+            stop.clone(),
+        ));
     }
     let beating = CancellationToken::new();
     // Cancelled a moment after `stop`: the others know by then that this worker's share is theirs.
@@ -353,6 +359,28 @@ async fn keep_repairing(shared: Arc<Shared>, table: Table, stop: CancellationTok
         tracing::error!(
             table = table.name,
             "the repair of doubts ended by itself; it starts over"
+        );
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// Keeps the audit of a table at work, as [`keep_repairing`] does.
+async fn keep_auditing(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let mut task = JoinSet::new();
+        task.spawn(audit::audit(
+            Arc::clone(&shared),
+            table.clone(),
+            stop.clone(),
+        ));
+        let ended = task.join_next().await;
+        if stop.is_cancelled() || matches!(ended, Some(Ok(()))) {
+            return;
+        }
+        tracing::error!(
+            table = table.name,
+            "the audit ended by itself; it starts over"
         );
         tokio::time::sleep(backoff.pause()).await;
     }

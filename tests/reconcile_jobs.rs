@@ -359,3 +359,74 @@ async fn what_the_source_loses_is_not_filled_in() {
     assert_eq!(told["unverified"], 0, "{told}");
     assert!(worker.stop().await.success());
 }
+
+/// Somebody writes to the replica: the audit of a fleet finds it, says so, and changes nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_audit_finds_foreign_writes_and_repairs_nothing() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let (table, config) = pair(&stand, "[audit]\nread_units_per_second = 200\n").await;
+    let other = stand.config(&[&table], "[audit]\nread_units_per_second = 200\n");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("\"3s\"", "\"1s\"")).unwrap();
+    for id in 0..200 {
+        put(&stand.source, &table, &format!("k{id}"), id).await;
+    }
+    let workers = [Worker::following(&config).await, Worker::start(&other)];
+    stand.converge(&table, 200).await;
+    let told = async |worker: &Worker, name: &str| {
+        let metrics = worker.get("/metrics").await.map(|(_, text)| text);
+        let metrics = metrics.unwrap_or_default();
+        let line = metrics.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+    };
+    for worker in &workers {
+        let verified = async || {
+            let age = told(worker, "farshore_verified_age_seconds").await;
+            age.is_some_and(|age| age < 30.0)
+        };
+        eventually("it is found equal", WITHIN, verified).await;
+        assert_eq!(told(worker, "farshore_drift_items").await, Some(0.0));
+    }
+    put(&stand.target, &table, "k7", 1_000).await;
+    put(&stand.target, &table, "foreign", 1).await;
+    for worker in &workers {
+        let drifts = async || told(worker, "farshore_drift_items").await == Some(2.0);
+        eventually("the drift is found", WITHIN, drifts).await;
+        let (code, ready) = worker.get("/readyz").await.unwrap();
+        assert!(code == 503 && ready.contains("gap-drift"), "{ready}");
+    }
+    let path = config.to_str().unwrap();
+    let status = run(&["status", "--config", path]);
+    assert_eq!(status.status.code(), Some(1));
+    let text = stdout(&status);
+    assert!(
+        text.contains("drift") && text.contains("audit: found equal at"),
+        "{text}"
+    );
+    assert_eq!(
+        stand.differences(&table).await.len(),
+        2,
+        "it repaired something"
+    );
+    let mended = ends(0, &config, &["--apply", "--settle", "1s"]);
+    assert_eq!(counted(&mended), (0, 1, 1));
+    for worker in &workers {
+        let ready = async || {
+            let ready = worker.get("/readyz").await;
+            ready.is_some_and(|(_, text)| !text.contains("gap-drift"))
+        };
+        eventually("nothing differs any more", WITHIN, ready).await;
+        let none = async || told(worker, "farshore_drift_items").await == Some(0.0);
+        eventually("and the metric says so", WITHIN, none).await;
+    }
+    // What a killed worker had in hand the other one goes on with.
+    let [first, second] = workers;
+    let killed_at = tokio::time::Instant::now();
+    first.kill();
+    let again = async || {
+        let age = told(&second, "farshore_verified_age_seconds").await;
+        age.is_some_and(|age| age < killed_at.elapsed().as_secs_f64())
+    };
+    eventually("it is found equal again", WITHIN, again).await;
+    assert!(second.stop().await.success());
+}

@@ -25,7 +25,7 @@ use crate::jobs::reconcile::flow::FlowSource;
 use crate::jobs::reconcile::place::Place;
 use crate::jobs::reconcile::report::{Counts, Lines};
 use crate::jobs::reconcile::strategy::Strategy;
-use crate::jobs::reconcile::{Ended, Found, Reconcile, Repairs};
+use crate::jobs::reconcile::{Ended, Found, Reconcile, Repairs, SEGMENTS_AT_ONCE, WAIT_FOR_OTHERS};
 
 /// How often a person is told where it stands, where there is no terminal.
 const TOLD_EVERY: Duration = Duration::from_secs(30);
@@ -326,6 +326,8 @@ impl Ground<'_> {
                 Desk::Alone(_) => self.segments(pair),
             },
             desk,
+            at_once: SEGMENTS_AT_ONCE,
+            wait: WAIT_FOR_OTHERS,
             strategy: self.asked.strategy.clone(),
             memory: usize::try_from(config.reconcile.memory.as_u64()).unwrap_or(usize::MAX),
             settle: self.args.settle.unwrap_or(config.reconcile.settle),

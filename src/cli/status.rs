@@ -8,11 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{answer, answer_json};
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
-use crate::dynamo::clock::host_ms;
+use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Exit, Failure};
 use crate::lease::orphans::readable;
 use crate::lease::row::{
-    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, Progress, Row, ShardRow, WorkerRow,
+    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, Progress, Row, ShardRow, WorkerRow, audited,
     comparisons,
 };
 use crate::lease::rules::worker_of;
@@ -40,6 +40,8 @@ struct Found {
     doubts: Vec<DoubtRow>,
     /// Those that stand.
     pauses: Vec<PauseRow>,
+    /// When the audit last found a table equal, in milliseconds, by table.
+    audits: BTreeMap<String, Option<i64>>,
     /// Comparisons that have not ended.
     jobs: Vec<Job>,
     /// The time in the region of the state table, in milliseconds.
@@ -175,7 +177,20 @@ impl Found {
                 Row::Stream(_) | Row::Pause(_) | Row::Job(_) | Row::Other(_) => {}
             }
         }
-        for job in comparisons(&plans, &segments) {
+        let jobs = comparisons(&plans, &segments);
+        let epoch = found.control.as_ref().map_or(0, |control| control.epoch);
+        for table in &loaded.config.tables {
+            if let Some((verified_ms, different)) = audited(&jobs, epoch, &table.name) {
+                found.audits.insert(table.name.clone(), verified_ms);
+                if different > 0 {
+                    let detail = format!("{different} item(s)");
+                    let at = rfc3339(now_ms);
+                    let gap = GapRow::new(epoch, &table.name, GapReason::Drift, &detail, at);
+                    found.gaps.push(gap);
+                }
+            }
+        }
+        for job in jobs {
             if job.is_unfinished(now_ms) {
                 let (epoch, at) = (job.plan.epoch, job.plan.at.clone());
                 let reason = GapReason::ReconcileUnfinished;

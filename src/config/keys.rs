@@ -259,6 +259,12 @@ pub const KEYS: &[Key] = &[
         "\"1%\"",
         "More items that only the target has are not deleted: the job ends before the first. A part is one of the target's items, and at least 10.",
     ),
+    key(
+        "audit.read_units_per_second",
+        "number",
+        "0",
+        "Read units per second that `run` spends on each side to compare each table with its replica, for ever, one worker of the fleet at a time. 0 turns it off.",
+    ),
 ];
 
 /// Whether the concrete dotted `path` (labels and list indexes filled in) fits the pattern of a

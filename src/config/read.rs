@@ -28,7 +28,7 @@ const TEST_VARIABLES: &str = "FARSHORE_TEST_";
 /// One page of a scan; correct with less, and slow.
 const RECONCILE_MEMORY_MIN: u64 = 1 << 20;
 /// `TotalSegments` of a scan goes no higher.
-const SEGMENTS_MAX: u32 = 1_000_000;
+const SEGMENTS_MAX: u32 = 10_000;
 /// An item has up to 400 KB.
 const READ_AHEAD_MIN: u64 = 512 * 1024;
 
@@ -483,10 +483,10 @@ fn validate(config: &Config, environment: &[(String, String)]) -> Result<String,
     if config.reconcile.segments > SEGMENTS_MAX {
         return refuse(
             format!(
-                "reconcile.segments: {} is more than DynamoDB reads a table in",
+                "reconcile.segments: {} are more rows than the state table is to hold",
                 config.reconcile.segments
             ),
-            "Set at most 1000000",
+            "Set at most 10000",
         );
     }
     match (

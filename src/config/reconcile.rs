@@ -42,6 +42,14 @@ impl Default for Reconcile {
     }
 }
 
+/// Comparing tables all the time.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Audit {
+    /// Read units per second on each side; 0 turns it off.
+    pub read_units_per_second: u32,
+}
+
 /// How many items may be deleted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum MaxDeletes {

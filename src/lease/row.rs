@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
 pub use job::JobRow;
-pub use reconcile::{Mark, Progress, ReconcileRow, SegmentRow, comparisons};
+pub use reconcile::{Mark, Progress, ReconcileRow, SegmentRow, audited, comparisons};
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;
@@ -365,6 +365,8 @@ pub enum GapReason {
     /// A repair of the table did not come to its end: what it wrote last may be older than what was
     /// there. Told by the job's own row, and never stored as a gap.
     ReconcileUnfinished,
+    /// The audit found items that differ. Told by its own row, and never stored as a gap.
+    Drift,
 }
 
 impl GapReason {
@@ -376,6 +378,7 @@ impl GapReason {
             GapReason::StreamRecreated => "stream-recreated",
             GapReason::ShardVanished => "shard-vanished",
             GapReason::ReconcileUnfinished => "reconcile-unfinished",
+            GapReason::Drift => "drift",
         }
     }
 
@@ -390,6 +393,9 @@ impl GapReason {
             }
             GapReason::ReconcileUnfinished => {
                 "Run the same `farshore reconcile --apply` again, to its end"
+            }
+            GapReason::Drift => {
+                "See what differs with `farshore reconcile --report FILE`, find out who writes to the replica, and mend it with `farshore reconcile --apply`"
             }
         }
     }

@@ -62,6 +62,8 @@ const LEASES: &str = "farshore_leases_held";
 const HANDED_OVER: &str = "farshore_handovers_total";
 const WORKERS: &str = "farshore_workers_live";
 const GAPS: &str = "farshore_gaps_open";
+const VERIFIED_AGE: &str = "farshore_verified_age_seconds";
+const DRIFT: &str = "farshore_drift_items";
 const DOUBTED: &str = "farshore_doubts_total";
 const REPAIRED: &str = "farshore_doubts_repaired_total";
 const REPAIR_WRITES: &str = "farshore_repair_writes_total";
@@ -160,6 +162,18 @@ pub const METRICS: &[Metric] = &[
         Kind::Gauge,
         "table, reason",
         "Gaps open: records that were never applied and are not repaired yet.",
+    ),
+    metric(
+        VERIFIED_AGE,
+        Kind::Gauge,
+        "table",
+        "Seconds since the beginning of the last pass of the audit that found the replica equal to its source. Absent until there was one.",
+    ),
+    metric(
+        DRIFT,
+        Kind::Gauge,
+        "table",
+        "Items of the replica that differ from the source, as the audit's last pass or the one under way found them.",
     ),
     metric(
         DOUBTED,
@@ -371,6 +385,14 @@ pub fn workers_live(workers: usize) {
 /// Gaps of `table` for `reason`.
 pub fn gaps_open(table: &str, reason: &'static str, gaps: usize) {
     gauge!(GAPS, "table" => table.to_owned(), "reason" => reason).set(gaps as f64);
+}
+
+/// What the audit says of `table`: seconds since it was found equal, and items that differ.
+pub fn audited(table: &str, verified_age: Option<f64>, different: u64) {
+    if let Some(age) = verified_age {
+        gauge!(VERIFIED_AGE, "table" => table.to_owned()).set(age);
+    }
+    gauge!(DRIFT, "table" => table.to_owned()).set(different as f64);
 }
 
 /// Age and headroom of `table`, in seconds.

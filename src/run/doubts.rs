@@ -542,7 +542,10 @@ fn is_too_old(row: &DoubtRow) -> bool {
 }
 
 /// The items that stay in the replica although TTL deleted them in the source.
-async fn keep_expired(shared: &Shared, table: &Table) -> Result<Option<KeepExpired>, Unfinished> {
+pub(super) async fn keep_expired(
+    shared: &Shared,
+    table: &Table,
+) -> Result<Option<KeepExpired>, Unfinished> {
     if table.ttl_deletes != TtlDeletes::Skip {
         return Ok(None);
     }

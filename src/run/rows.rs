@@ -1,6 +1,6 @@
 //! One reader of the state table for the whole worker: everybody else looks at its snapshots.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,12 +9,13 @@ use tokio::sync::{Notify, watch};
 use crate::dynamo::clock::{host_ms, uptime};
 use crate::lease::row::{
     ControlRow, DoubtRow, GapReason, GapRow, PauseRow, ReconcileRow, Row, SegmentRow, ShardRow,
-    StreamRow, WorkerRow, comparisons,
+    StreamRow, WorkerRow, audited, comparisons,
 };
 use crate::lease::rules::Observer;
 use crate::lease::table::StateTable;
 use crate::mutation::trouble;
 use crate::observe::health::{Health, Scope};
+use crate::observe::metrics;
 use crate::observe::pulse::Pulse;
 
 /// The state table as read at one moment.
@@ -197,7 +198,20 @@ fn digest(
         let (table, key) = (&job.plan.table, &job.plan.lease_key);
         (table.as_str(), GapReason::ReconcileUnfinished, key.as_str())
     });
-    health.set_gaps(stored.chain(unfinished));
+    let epoch = snapshot.control.as_ref().map_or(0, |control| control.epoch);
+    let tables: BTreeSet<&str> = plans.iter().map(|plan| plan.table.as_str()).collect();
+    let mut drift = Vec::new();
+    for table in tables {
+        let Some((verified_ms, different)) = audited(&jobs, epoch, table) else {
+            continue;
+        };
+        let verified = verified_ms.map(|ms| (now_ms - ms).max(0) as f64 / 1_000.0);
+        metrics::audited(table, verified, different);
+        if different > 0 {
+            drift.push((table, GapReason::Drift, table));
+        }
+    }
+    health.set_gaps(stored.chain(unfinished).chain(drift));
     let now = Instant::now();
     observers.shards.observe(snapshot.shards.iter(), now);
     observers.workers.observe(snapshot.workers.iter(), now);

@@ -13,16 +13,13 @@ use crate::dynamo::read::{batch_get, scan_page};
 use crate::dynamo::table::{KeyPart, describe, primary_key, show_key, ttl_attribute};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault, Operation};
+use crate::jobs::reconcile::segments_of;
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::lease::row::{Row, StreamRow, known_table_id};
 use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
 use crate::run::start::{any_key, find_active, unusable};
 
-/// Bytes of a table for each part that it is read in.
-const SEGMENT_BYTES: i64 = 256 << 20;
-/// More parts than this help no more.
-const SEGMENTS_CHOSEN_MAX: u32 = 1_000;
 /// An eventually consistent read unit.
 const BYTES_PER_UNIT: f64 = 8_192.0;
 /// Dollars for a million read units, on demand, in us-east-1 (AWS's price list of 2026).
@@ -288,10 +285,7 @@ impl<'a> Ground<'a> {
     pub(super) fn segments(&self, pair: &Pair<'_>) -> u32 {
         let chosen = self.loaded.config.reconcile.segments;
         self.asked.segments.unwrap_or_else(|| match chosen {
-            0 => {
-                let parts = pair.largest_bytes / SEGMENT_BYTES + 1;
-                u32::try_from(parts).map_or(SEGMENTS_CHOSEN_MAX, |n| n.min(SEGMENTS_CHOSEN_MAX))
-            }
+            0 => segments_of(pair.largest_bytes),
             segments => segments,
         })
     }

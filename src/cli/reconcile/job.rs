@@ -193,6 +193,7 @@ impl Ground<'_> {
             joined: 1,
             ended: None,
             ended_at_ms: None,
+            verified_at_ms: None,
             too_many_deletes: None,
         }
     }
@@ -312,6 +313,7 @@ impl Ground<'_> {
             plan,
             terms: flow.terms(late_effect),
             me: owner(),
+            one_at_a_time: false,
         })))
     }
 
@@ -349,6 +351,10 @@ impl Ground<'_> {
         let plan = job.plan;
         if plan.job == self.asked.id {
             return false;
+        }
+        if plan.audit_pass().is_some() {
+            // What it found is mended: it begins anew.
+            return whole && plan.table == table;
         }
         if let Some(ended) = plan.ended_at_ms {
             return ended + ENDED_KEPT_MS < now_ms;

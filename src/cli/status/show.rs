@@ -53,6 +53,10 @@ pub(super) fn as_json(loaded: &Loaded, found: &Found) -> Value {
             "until": rfc3339(doubts.until_ms),
             "overdue": doubts.overdue,
         })).collect::<Vec<_>>(),
+        "audits": found.audits.iter().map(|(table, verified_ms)| json!({
+            "table": table,
+            "verifiedAt": verified_ms.map(rfc3339),
+        })).collect::<Vec<_>>(),
         "jobs": found.jobs.iter().map(|job| json!({
             "id": job.id,
             "table": job.table,
@@ -107,6 +111,12 @@ pub(super) fn as_text(loaded: &Loaded, found: &Found) -> String {
         of_table(&mut lines, loaded, found, &table.name);
         if let Some(doubts) = doubts.get(table.name.as_str()) {
             lines.push(in_doubt(doubts));
+        }
+        if let Some(verified_ms) = found.audits.get(&table.name) {
+            lines.push(match verified_ms {
+                Some(ms) => format!("  audit: found equal at {}", rfc3339(*ms)),
+                None => "  audit: not found equal yet".to_owned(),
+            });
         }
         let jobs = found.jobs.iter().filter(|job| job.table == table.name);
         lines.extend(jobs.map(compared));

@@ -28,6 +28,8 @@ pub struct Shared {
     pub terms: Terms,
     /// This process start.
     pub me: String,
+    /// Whether one segment is read at a time, whoever reads it.
+    pub one_at_a_time: bool,
 }
 
 /// What there is to do for this process.
@@ -123,6 +125,11 @@ impl Shared {
         if rows.plan.as_ref().is_none_or(|plan| plan.ended.is_some()) {
             return Ok(Claim::Nothing);
         }
+        let now_ms = self.terms.clock.now_ms();
+        let is_held = |row: &SegmentRow| row.lease_owner.is_some() && row.until > now_ms;
+        if self.one_at_a_time && rows.segments.values().any(is_held) {
+            return Ok(Claim::Others);
+        }
         let mut others = false;
         for number in 0..self.plan.segments {
             if mine.contains(&number) {
@@ -145,6 +152,7 @@ impl Shared {
             };
             match held.map_err(|fault| self.failed(fault))? {
                 Some(hold) => return Ok(Claim::Held(hold)),
+                None if self.one_at_a_time => return Ok(Claim::Others),
                 None => others = true,
             }
         }

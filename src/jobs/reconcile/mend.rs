@@ -75,19 +75,11 @@ pub(super) async fn mend(segment: &Segment<'_>, keys: Vec<ItemKey>) -> Mended {
     };
     // All that began come to their ends, whatever becomes of one: what was written is verified.
     let failed = AtomicBool::new(false);
-    let chunks: Vec<Mended> = futures::stream::iter(keys.chunks(BATCH_OPS_MAX))
-        .map(async |chunk| {
-            if failed.load(Ordering::Relaxed) {
-                return Mended::default();
-            }
-            let mended = match &segment.job.strategy {
-                Strategy::Mirror => mender.mirror(chunk).await,
-                Strategy::Fill => mender.put(chunk, None).await,
-                Strategy::Newest(attribute) => mender.put(chunk, Some(attribute)).await,
-            };
-            failed.fetch_or(mended.ended.is_some(), Ordering::Relaxed);
-            mended
-        })
+    let mut work = Vec::new();
+    for chunk in keys.chunks(BATCH_OPS_MAX) {
+        work.push(mender.mend(chunk, &failed));
+    }
+    let chunks: Vec<Mended> = futures::stream::iter(work)
         .buffer_unordered(REPAIRS_AT_ONCE)
         .collect()
         .await;
@@ -106,6 +98,19 @@ struct Mender<'a> {
 }
 
 impl Mender<'_> {
+    async fn mend(&self, keys: &[ItemKey], failed: &AtomicBool) -> Mended {
+        if failed.load(Ordering::Relaxed) {
+            return Mended::default();
+        }
+        let mended = match &self.segment.job.strategy {
+            Strategy::Mirror => self.mirror(keys).await,
+            Strategy::Fill => self.put(keys, None).await,
+            Strategy::Newest(attribute) => self.put(keys, Some(attribute)).await,
+        };
+        failed.fetch_or(mended.ended.is_some(), Ordering::Relaxed);
+        mended
+    }
+
     /// Makes items as the source has them.
     async fn mirror(&self, keys: &[ItemKey]) -> Mended {
         match self.mirror_once(keys).await {

@@ -53,14 +53,18 @@ use segment::Segment;
 use settle::Rest;
 use strategy::Strategy;
 
-/// Segments read at once.
-const SEGMENTS_AT_ONCE: usize = 4;
+/// Segments that a job reads at once.
+pub const SEGMENTS_AT_ONCE: usize = 4;
+/// Bytes of a table for each part that it is read in.
+const SEGMENT_BYTES: i64 = 256 << 20;
+/// More parts than this help no more.
+const SEGMENTS_CHOSEN_MAX: u32 = 1_000;
 /// Keys deleted between two looks at whether to go on.
 const DELETED_MAX: usize = 500;
 /// How often keys that were written and not verified are repaired again.
 const VERIFY_ROUNDS: u32 = 3;
 /// How often the other processes of a job are looked after.
-const WAIT_FOR_OTHERS: Duration = Duration::from_millis(500);
+pub const WAIT_FOR_OTHERS: Duration = Duration::from_millis(500);
 
 /// Why a comparison ended before its end.
 #[derive(Debug)]
@@ -119,6 +123,10 @@ pub struct Reconcile {
     pub segments: u32,
     /// Who reads which.
     pub desk: Desk,
+    /// Segments that this process reads at once.
+    pub at_once: usize,
+    /// How often the other processes of the job are looked after.
+    pub wait: Duration,
     /// Bytes that the join may hold.
     pub memory: usize,
     /// How long a suspect is looked at, at least, where somebody applies changes.
@@ -221,7 +229,7 @@ impl Reconcile {
         let mut others = false;
         let mut failed = None;
         loop {
-            while at_work.len() < SEGMENTS_AT_ONCE && failed.is_none() {
+            while at_work.len() < self.at_once && failed.is_none() {
                 let segment = match self.desk.claim(self.segments, &mine).await {
                     Ok(Claim::Alone(number)) => Segment::alone(self, number),
                     Ok(Claim::Held(hold)) => Segment::held(self, hold),
@@ -272,7 +280,7 @@ impl Reconcile {
 
     async fn wait(&self) -> Result<(), Ended> {
         tokio::select! {
-            () = tokio::time::sleep(WAIT_FOR_OTHERS) => Ok(()),
+            () = tokio::time::sleep(self.wait) => Ok(()),
             () = self.stop.cancelled() => Err(Ended::Stopped),
         }
     }
@@ -434,6 +442,12 @@ impl Reconcile {
     fn key_of(&self, item: &Item) -> ItemKey {
         key_of(&self.key_names, item)
     }
+}
+
+/// How many parts a table of so many bytes is read in.
+pub fn segments_of(bytes: i64) -> u32 {
+    let parts = bytes / SEGMENT_BYTES + 1;
+    u32::try_from(parts).map_or(SEGMENTS_CHOSEN_MAX, |n| n.min(SEGMENTS_CHOSEN_MAX))
 }
 
 /// The key of `item`, by the attributes that make it.

@@ -15,7 +15,7 @@ use super::ledger::{Origin, Position};
 use super::place::Place;
 use super::report::Counts;
 use super::settle::{Rest, Settler};
-use super::{Ended, InHand, Reconcile, SEGMENTS_AT_ONCE, key_of};
+use super::{Ended, InHand, Reconcile, key_of};
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::BATCH_KEYS_MAX;
@@ -231,7 +231,7 @@ impl<'a> Segment<'a> {
 
     async fn scan(&self, suspects: &mpsc::Sender<Suspect>) -> Result<(), Ended> {
         let segments = self.job.segments.max(1);
-        let at_once = SEGMENTS_AT_ONCE.min(segments as usize);
+        let at_once = self.job.at_once.min(segments as usize).max(1);
         let mut scan = Scan {
             join: Join::new(self.job.memory / at_once),
             pages: [0; 2],

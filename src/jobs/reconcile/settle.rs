@@ -187,9 +187,10 @@ impl<'a> Settler<'a> {
         let mut batches = Vec::new();
         let mut due = due.into_iter().peekable();
         while due.peek().is_some() {
-            batches.push(due.by_ref().take(BATCH_KEYS_MAX).collect::<Vec<Open>>());
+            let batch = due.by_ref().take(BATCH_KEYS_MAX).collect::<Vec<Open>>();
+            batches.push(self.read(batch));
         }
-        let looks = try_join_all(batches.into_iter().map(|batch| self.read(batch))).await?;
+        let looks = try_join_all(batches).await?;
         for look in looks.into_iter().flatten() {
             self.judge(look, at_ms, flow)?;
         }

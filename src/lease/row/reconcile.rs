@@ -53,12 +53,39 @@ pub struct ReconcileRow {
     /// When, by the clock of the state table's region, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_at_ms: Option<i64>,
+    /// Of an audit: when the last pass began that found both tables equal, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified_at_ms: Option<i64>,
     /// More would have been deleted than may be, and nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub too_many_deletes: Option<(u64, u64)>,
 }
 
+/// What the jobs of audits are called, before their epochs and numbers.
+const AUDIT: &str = "audit";
+
 impl ReconcileRow {
+    /// The job of the pass `number` of audits.
+    pub fn audit_job(epoch: u64, number: u64) -> String {
+        format!("{AUDIT}-{epoch}-{number}")
+    }
+
+    /// The number of the pass, where it is one of an audit in this epoch.
+    pub fn audit_pass(&self) -> Option<u64> {
+        let (name, number) = self.job.rsplit_once('-')?;
+        let is_audit = name == format!("{AUDIT}-{}", self.epoch);
+        number.parse().ok().filter(|_| is_audit)
+    }
+
+    /// When the last pass of an audit began that found both tables equal, in milliseconds.
+    pub fn verified_ms(&self) -> Option<i64> {
+        let clean = |counts: &Counts| counts.different() == 0 && counts.unsettled == 0;
+        match self.ended.as_ref().is_some_and(clean) {
+            true => Some(self.at_ms),
+            false => self.verified_at_ms,
+        }
+    }
+
     /// Key of the row of `table`.
     pub fn key(job: &str, table: &str) -> String {
         format!("job#{job}#{table}")
@@ -207,6 +234,25 @@ pub fn comparisons<'a>(plans: &'a [ReconcileRow], segments: &'a [SegmentRow]) ->
     plans.iter().map(of).collect()
 }
 
+/// What the audits of `table` say: when it was last found equal, in milliseconds, and how many items
+/// differ now, as far as anybody knows.
+pub fn audited(jobs: &[Progress<'_>], epoch: u64, table: &str) -> Option<(Option<i64>, u64)> {
+    let of_table = |job: &&Progress<'_>| job.plan.table == table && job.plan.epoch == epoch;
+    let mut passes: Vec<_> = jobs
+        .iter()
+        .filter(of_table)
+        .filter_map(|job| Some((job.plan.audit_pass()?, job)))
+        .collect();
+    passes.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
+    let (_, newest) = passes.first()?;
+    let ended = passes.iter().find(|(_, job)| job.plan.ended.is_some());
+    let before = ended.map_or(0, |(_, job)| job.counts().different());
+    Some((
+        newest.plan.verified_ms(),
+        newest.counts().different().max(before),
+    ))
+}
+
 impl Progress<'_> {
     /// Whether somebody is at it at `now_ms`, or its last writes may still take effect.
     pub fn is_alive(&self, now_ms: i64) -> bool {
@@ -221,6 +267,9 @@ impl Progress<'_> {
 
     /// What was found so far.
     pub fn counts(&self) -> Counts {
+        if let Some(ended) = &self.plan.ended {
+            return ended.clone();
+        }
         let counts = self.segments.iter().map(|row| &row.counts);
         counts.fold(Counts::default(), |sum, one| sum + one)
     }
