@@ -430,3 +430,52 @@ async fn the_audit_finds_foreign_writes_and_repairs_nothing() {
     eventually("it is found equal again", WITHIN, again).await;
     assert!(second.stop().await.success());
 }
+
+/// A repair writes what the source lost a moment later, and dies before it looks again: whoever goes on
+/// with the job knows which keys it had in hand.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_repair_had_in_hand_when_it_died_is_repaired_by_the_next() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+    let (table, config) = pair(&stand, "").await;
+    for id in 0..30 {
+        put(&stand.source, &table, &format!("k{id}"), id).await;
+    }
+    let replica = &stand.gateways[1];
+    let held = Fault::hold_until_delivered().on("BatchWriteItem");
+    let holding = replica.inject(held.table(&table));
+    let mut killed = start(&config, &["--apply"]);
+    let job = job_at_work(&config).await;
+    assert!(replica.wait_for_held(1, WITHIN).await);
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    holding.off();
+    // Nobody reads the source again for these keys, unless somebody knows of them.
+    for id in 0..30 {
+        delete(&stand.source, &table, &format!("k{id}")).await;
+    }
+    put(&stand.source, &table, "other", 1).await;
+    for held in replica.held() {
+        let _ = replica.deliver(held.call).await;
+    }
+    let ghosts = stand.differences(&table).await.len();
+    assert!(ghosts > 1, "the late write did nothing");
+    let status = run(&["status", "--config", config.to_str().unwrap()]);
+    assert!(stdout(&status).contains(&job), "{}", stdout(&status));
+    let heal = async || {
+        let resumed = reconcile(&config, &["--resume", &job, "--max-deletes", "0"]);
+        resumed.status.code() == Some(2)
+    };
+    assert!(heal().await, "its options stand in its rows");
+    let resumed = reconcile(&config, &["--resume", &job]);
+    let told = format!("{}{}", stdout(&resumed), stderr(&resumed));
+    assert_eq!(resumed.status.code(), Some(0), "{told}");
+    assert_eq!(stand.differences(&table).await, [""; 0], "{told}");
+    let status = run(&["status", "--config", config.to_str().unwrap()]);
+    assert!(!stdout(&status).contains("reconcile-unfinished"));
+    // A table that the configuration lacks is not left out in silence.
+    let text = std::fs::read_to_string(&config).unwrap();
+    let other = config.with_file_name("other.toml");
+    std::fs::write(&other, text.replace(&table, "another")).unwrap();
+    let missing = reconcile(&other, &["--resume", &job]);
+    assert_eq!(missing.status.code(), Some(2), "{}", stderr(&missing));
+}

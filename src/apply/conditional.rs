@@ -88,7 +88,7 @@ impl Conditional {
             values: HashMap::new(),
         };
         if let Some(name) = newer
-            && let Some(value) = item.get(name)
+            && let Some(value @ (AttributeValue::S(_) | AttributeValue::N(_))) = item.get(name)
         {
             condition.expression.push_str(" OR #newer < :newer");
             condition.names.insert("#newer".to_owned(), name.to_owned());

@@ -111,6 +111,9 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         Some(job) => Asked::resumed(&loaded, &regions, job).await?,
         None => Asked::by(args),
     };
+    for plan in &asked.plans {
+        super::tap::check_table(&loaded, Some(&plan.table))?;
+    }
     let ground = ground(&loaded, args, asked, &regions).await?;
     let asked = &ground.asked;
     let mut pairs = Vec::new();
@@ -154,28 +157,14 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         );
     }
     let stop = super::stop_on_signal()?;
-    let mut outcomes: Vec<Outcome> = Vec::new();
-    for pair in &pairs {
-        if stop.is_cancelled() {
-            // For the same reason as the one before it, a signal or the tap.
-            let exit = outcomes.last().map_or(Exit::Interrupted, |last| last.exit);
-            let why = "not looked at: it ended before";
-            outcomes.push(Outcome::not_begun(pair, why, exit));
-            continue;
-        }
-        match ground.compare(pair, lines.clone(), &stop, stored).await {
-            Ok(outcome) => outcomes.push(outcome),
-            // What was done to the tables before it is told all the same.
-            Err(failure) if !outcomes.is_empty() => {
-                let why = failure.to_string().replace('\n', " ");
-                outcomes.push(Outcome::not_begun(pair, &why, Exit::CouldNotRun));
-            }
-            Err(failure) => {
-                forget(args);
-                return Err(failure);
-            }
-        }
-    }
+    let done = CancellationToken::new();
+    let compared = async {
+        let compared = ground.compare_all(&pairs, &lines, &stop, stored).await;
+        done.cancel();
+        compared
+    };
+    let (outcomes, ()) = tokio::join!(compared, ground.stay(&pairs, stored, &done));
+    let outcomes = outcomes?;
     if let Some(lines) = &lines {
         lines.finish().map_err(|error| {
             Failure::new(
@@ -220,6 +209,38 @@ fn forget(args: &Args) {
 }
 
 impl Ground<'_> {
+    async fn compare_all(
+        &self,
+        pairs: &[Pair<'_>],
+        lines: &Option<Arc<Lines>>,
+        stop: &CancellationToken,
+        stored: bool,
+    ) -> Result<Vec<Outcome>, Failure> {
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        for pair in pairs {
+            if stop.is_cancelled() {
+                // For the same reason as the one before it, a signal or the tap.
+                let exit = outcomes.last().map_or(Exit::Interrupted, |last| last.exit);
+                let why = "not looked at: it ended before";
+                outcomes.push(Outcome::not_begun(pair, why, exit));
+                continue;
+            }
+            match self.compare(pair, lines.clone(), stop, stored).await {
+                Ok(outcome) => outcomes.push(outcome),
+                // What was done to the tables before it is told all the same.
+                Err(failure) if !outcomes.is_empty() => {
+                    let why = failure.to_string().replace('\n', " ");
+                    outcomes.push(Outcome::not_begun(pair, &why, Exit::CouldNotRun));
+                }
+                Err(failure) => {
+                    forget(self.args);
+                    return Err(failure);
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+
     async fn compare(
         &self,
         pair: &Pair<'_>,
@@ -236,6 +257,7 @@ impl Ground<'_> {
         if let Some(flow) = &flow {
             // Much may have happened while the tables before it were compared.
             flow.refuse_closed().await?;
+            self.refuse_another(std::slice::from_ref(pair)).await?;
         }
         let desk = self.desk(pair, stored).await?;
         let stop = stop.child_token();
@@ -262,7 +284,11 @@ impl Ground<'_> {
         let whole = mirrors && result.is_ok() && counts.unsettled == 0;
         self.clean(&pair.table.name, whole).await;
         let moved = moved.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let resumable = stored && !matches!(result, Ok(()) | Err(Ended::TooManyDeletes { .. }));
+        let resumable = stored
+            && !matches!(
+                result,
+                Ok(()) | Err(Ended::TooManyDeletes { .. } | Ended::Gone)
+            );
         let (ended, exit) = self.verdict(result, moved, &counts);
         Ok(Outcome {
             table: pair.table.name.clone(),

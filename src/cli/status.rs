@@ -191,7 +191,7 @@ impl Found {
             }
         }
         for job in jobs {
-            if job.is_unfinished(now_ms) {
+            if job.is_unfinished(epoch, now_ms) {
                 let (epoch, at) = (job.plan.epoch, job.plan.at.clone());
                 let reason = GapReason::ReconcileUnfinished;
                 let gap = GapRow::new(epoch, &job.plan.table, reason, &job.plan.job, at);

@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::row::{
-    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow, KEY_ATTRIBUTE, PauseRow, Row,
-    ShardRow, StreamRow, WorkerRow,
+    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow, KEY_ATTRIBUTE, PauseRow,
+    ReconcileRow, Row, ShardRow, StreamRow, WorkerRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -138,6 +138,18 @@ impl StateTable {
         match self.get(key).await? {
             Some(Row::Job(row)) => Ok(Some(row)),
             Some(_) => Err(unreadable("a job's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    /// The row of a comparison, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn reconcile(&self, key: &str) -> Result<Option<ReconcileRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Reconcile(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("a comparison's key holds another kind of row")),
             None => Ok(None),
         }
     }

@@ -180,6 +180,7 @@ async fn next(
         at: rfc3339(now_ms),
         at_ms: now_ms,
         lease_counter: 0,
+        until: 0,
         // Its row stays when it has ended: the next pass and the fleet want to know.
         joined: 2,
         ended: None,

@@ -192,13 +192,13 @@ fn digest(
         .iter()
         .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str()));
     let now_ms = host_ms();
+    let epoch = snapshot.control.as_ref().map_or(0, |control| control.epoch);
     let jobs = comparisons(&plans, &segments);
-    let unfinished = jobs.iter().filter(|job| job.is_unfinished(now_ms));
+    let unfinished = jobs.iter().filter(|job| job.is_unfinished(epoch, now_ms));
     let unfinished = unfinished.map(|job| {
         let (table, key) = (&job.plan.table, &job.plan.lease_key);
         (table.as_str(), GapReason::ReconcileUnfinished, key.as_str())
     });
-    let epoch = snapshot.control.as_ref().map_or(0, |control| control.epoch);
     let tables: BTreeSet<&str> = plans.iter().map(|plan| plan.table.as_str()).collect();
     let mut drift = Vec::new();
     for table in tables {

@@ -2,13 +2,15 @@
 
 use std::sync::atomic::AtomicU32;
 
+use tokio_util::sync::CancellationToken;
+
 use super::ground::{Ground, Pair};
 use crate::config::MaxDeletes;
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Failure, Fault};
-use crate::jobs::reconcile::desk::{Desk, Shared, remove};
+use crate::jobs::reconcile::desk::{Desk, Shared, remove, stay};
 use crate::jobs::reconcile::report::Counts;
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::lease::row::{
@@ -136,12 +138,13 @@ impl Ground<'_> {
         let state = flow.state;
         let failed = self.state_failed(state);
         if self.asked.is_resumed() {
+            self.refuse_another(pairs).await?;
             for plan in &self.asked.plans {
                 self.join(state, plan).await?;
             }
             return Ok(true);
         }
-        self.refuse_another(state, pairs).await?;
+        self.refuse_another(pairs).await?;
         for (order, pair) in pairs.iter().enumerate() {
             let row = self.plan_row(pair, order, flow.region.clock.now_ms());
             match state.create(&row).await {
@@ -157,7 +160,7 @@ impl Ground<'_> {
             }
         }
         // Of two that begin at once at least one sees the other here.
-        if let Err(failure) = self.refuse_another(state, pairs).await {
+        if let Err(failure) = self.refuse_another(pairs).await {
             for pair in pairs {
                 let key = ReconcileRow::key(&self.asked.id, &pair.table.name);
                 state.delete_key(&key).await.map_err(&failed)?;
@@ -165,6 +168,11 @@ impl Ground<'_> {
             return Err(failure);
         }
         Ok(true)
+    }
+
+    /// How far ahead a job says that somebody is at it, in milliseconds.
+    fn ahead_ms(&self) -> i64 {
+        self.loaded.config.leases.duration.as_millis() as i64 * 2
     }
 
     fn plan_row(&self, pair: &Pair<'_>, order: usize, now_ms: i64) -> ReconcileRow {
@@ -190,6 +198,7 @@ impl Ground<'_> {
             at: rfc3339(now_ms),
             at_ms: now_ms,
             lease_counter: 0,
+            until: now_ms + self.ahead_ms(),
             joined: 1,
             ended: None,
             ended_at_ms: None,
@@ -251,24 +260,19 @@ impl Ground<'_> {
     }
 
     /// One repair of a table at a time.
-    async fn refuse_another(&self, state: &StateTable, pairs: &[Pair<'_>]) -> Result<(), Failure> {
+    pub(super) async fn refuse_another(&self, pairs: &[Pair<'_>]) -> Result<(), Failure> {
         if !self.asked.apply {
             return Ok(());
         }
+        let state = self.flow(&self.asked.tables)?.state;
         let (plans, segments) = self.jobs(state).await?;
         let now_ms = self.target.clock.now_ms();
-        let fresh_ms = self.loaded.config.leases.duration.as_millis() as i64 * 2;
         let jobs = comparisons(&plans, &segments);
         let other = jobs.iter().find(|job| {
             let plan = job.plan;
             let of_table = pairs.iter().any(|pair| pair.table.name == plan.table);
-            // One that has just begun has no segments yet.
-            let begins = job.segments.is_empty() && plan.at_ms + fresh_ms > now_ms;
-            plan.apply
-                && plan.ended.is_none()
-                && plan.job != self.asked.id
-                && of_table
-                && (begins || job.is_alive(now_ms))
+            let is_another = plan.apply && plan.job != self.asked.id;
+            is_another && of_table && job.is_alive(now_ms)
         });
         let Some(other) = other else { return Ok(()) };
         let until = other.segments.iter().map(|row| row.until).max();
@@ -282,7 +286,7 @@ impl Ground<'_> {
                 "The job {} began at {}, and its writes may take effect until {}",
                 plan.job,
                 plan.at,
-                rfc3339(until.unwrap_or(plan.at_ms + fresh_ms))
+                rfc3339(until.unwrap_or_default().max(plan.until))
             ),
             format!(
                 "Join it, or go on with it, with --resume {}; or wait until then, or until it has ended, and ask again",
@@ -315,6 +319,15 @@ impl Ground<'_> {
             me: owner(),
             one_at_a_time: false,
         })))
+    }
+
+    /// Says, until `done`, that somebody is at the job.
+    pub(super) async fn stay(&self, pairs: &[Pair<'_>], stored: bool, done: &CancellationToken) {
+        if let (true, Ok(flow)) = (stored, self.flow(&self.asked.tables)) {
+            let key = |pair: &Pair<'_>| ReconcileRow::key(&self.asked.id, &pair.table.name);
+            let plans: Vec<String> = pairs.iter().map(key).collect();
+            stay(&flow.terms(std::time::Duration::ZERO), &plans, done).await;
+        }
     }
 
     /// Removes what others left: jobs that have ended, comparisons that nobody went on with, and where
@@ -363,6 +376,7 @@ impl Ground<'_> {
             return false;
         }
         let same_way = plan.source == self.source.label && plan.target == self.target.label;
+        let same_way = same_way || (plan.epoch < self.epoch && plan.target == self.target.label);
         match plan.apply {
             true => whole && same_way,
             false => plan.at_ms + LEFT_KEPT_MS < now_ms,

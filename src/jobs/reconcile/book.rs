@@ -14,7 +14,7 @@ use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::json::{item_from_json, item_to_json};
 use crate::dynamo::value::Item;
-use crate::error::Fault;
+use crate::error::{Fault, Policy};
 use crate::lease::hold::Hold;
 use crate::lease::row::{Mark, SegmentRow};
 
@@ -22,10 +22,16 @@ use crate::lease::row::{Mark, SegmentRow};
 /// it, and the row's marks before it.
 const EXTRA_BYTES_MAX: usize = 32 << 10;
 
+/// Bytes of keys that a row keeps while they are repaired. With counts and marks it stays below what the
+/// service takes.
+const MENDING_BYTES_MAX: usize = 96 << 10;
+
 /// What is known of a segment.
 pub(super) struct Book {
     ledger: Mutex<Ledger<Item>>,
     extra: Mutex<Extra>,
+    /// Keys that are being repaired, and are not known to be right.
+    mending: Mutex<BTreeSet<String>>,
     lines: Option<Arc<Lines>>,
 }
 
@@ -47,6 +53,11 @@ impl Book {
                 bytes: keys.iter().map(String::len).sum(),
                 keys,
             }),
+            mending: Mutex::new(
+                row.into_iter()
+                    .flat_map(|row| row.mending.clone())
+                    .collect(),
+            ),
             lines,
         }
     }
@@ -61,7 +72,7 @@ impl Book {
 
     /// Keeps a key in the row, to be deleted at the end. False if no more fit there.
     pub(super) fn keep_extra(&self, key: &ItemKey) -> bool {
-        let key = BASE64_STANDARD.encode(key.as_bytes());
+        let key = encode(key);
         let mut extra = self.extra();
         if extra.keys.contains(&key) {
             return true;
@@ -74,36 +85,58 @@ impl Book {
         fits
     }
 
+    fn mending(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.mending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keys that somebody was repairing when the row was taken.
+    pub(super) fn was_mending(&self) -> Vec<ItemKey> {
+        keys_of(self.mending().iter())
+    }
+
+    /// `keys` are to be repaired: to be stored before the first write. False if they are too many.
+    pub(super) fn mends(&self, keys: &[ItemKey]) -> bool {
+        let mut mending = self.mending();
+        mending.extend(keys.iter().map(encode));
+        mending.iter().map(String::len).sum::<usize>() <= MENDING_BYTES_MAX
+    }
+
+    /// A key that was to be repaired is known to be right, or was not touched.
+    pub(super) fn mended(&self, key: &ItemKey) {
+        self.mending().remove(&encode(key));
+    }
+
     /// What changes in the row: everything that is settled and counted, and in the report.
-    pub(super) fn state(&self) -> impl FnOnce(&mut SegmentRow) + use<> {
+    ///
+    /// # Errors
+    /// The report could not be written: what stands in it only must not count.
+    pub(super) fn state(&self) -> std::io::Result<impl FnOnce(&mut SegmentRow) + use<>> {
         let cut = self.ledger().cut();
         // A line that is not on the disk yet is written again by whoever goes on from there.
-        let written = self
-            .lines
-            .as_ref()
-            .is_none_or(|lines| match lines.finish() {
-                Ok(()) => true,
-                Err(error) => {
-                    tracing::debug!(%error, "the report could not be written");
-                    false
-                }
-            });
-        let extra = self.extra().keys.iter().cloned().collect();
-        move |row| {
-            if written {
-                to_row(cut, row);
-                row.extra = extra;
-            }
+        if let Some(lines) = &self.lines {
+            lines.finish()?;
         }
+        let extra = self.extra().keys.iter().cloned().collect();
+        let mending = self.mending().iter().cloned().collect();
+        Ok(move |row: &mut SegmentRow| {
+            to_row(cut, row);
+            row.extra = extra;
+            row.mending = mending;
+        })
     }
 }
 
 /// The keys that `row` keeps to be deleted.
 pub(super) fn extra_of(row: &SegmentRow) -> Vec<ItemKey> {
-    let bytes = row
-        .extra
-        .iter()
-        .filter_map(|key| BASE64_STANDARD.decode(key).ok());
+    keys_of(row.extra.iter())
+}
+
+fn encode(key: &ItemKey) -> String {
+    BASE64_STANDARD.encode(key.as_bytes())
+}
+
+fn keys_of<'a>(keys: impl Iterator<Item = &'a String>) -> Vec<ItemKey> {
+    let bytes = keys.filter_map(|key| BASE64_STANDARD.decode(key).ok());
     bytes.map(|bytes| ItemKey::from_bytes(&bytes)).collect()
 }
 
@@ -151,6 +184,27 @@ fn to_row(cut: Cut<Item>, row: &mut SegmentRow) {
     row.counted = BASE64_STANDARD.encode(digests);
 }
 
+/// Why a row does not say how far its segment is.
+pub(super) enum Unstored {
+    /// It is lost, or nobody knows whether it was written.
+    Lost,
+    /// The state table could not be written for good.
+    Failed(Fault),
+    /// The report could not be written.
+    File(std::io::Error),
+}
+
+impl Unstored {
+    fn of(written: Result<bool, Fault>) -> Result<(), Self> {
+        match written {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Unstored::Lost),
+            Err(fault) if fault.policy() == Policy::Retry => Err(Unstored::Lost),
+            Err(fault) => Err(Unstored::Failed(fault)),
+        }
+    }
+}
+
 /// A segment that this process holds: its row is renewed, and says how far it is.
 pub(super) struct Kept {
     pub(super) hold: Arc<Hold<SegmentRow>>,
@@ -164,7 +218,18 @@ impl Kept {
         let done = CancellationToken::new();
         let task = {
             let (hold, book, done) = (Arc::clone(&hold), Arc::clone(&book), done.clone());
-            tokio::spawn(async move { hold.keep_until(&done, || book.state()).await })
+            tokio::spawn(async move {
+                let change = || {
+                    let state = book.state();
+                    // Without it the row says what it said: renewed, and no further.
+                    |row: &mut SegmentRow| {
+                        if let Ok(state) = state {
+                            state(row);
+                        }
+                    }
+                };
+                hold.keep_until(&done, change).await;
+            })
         };
         Self {
             hold,
@@ -174,27 +239,29 @@ impl Kept {
         }
     }
 
-    /// Stores how far it is, and `change`; it stays in hand. False if it is lost.
-    pub(super) async fn store(&self, change: impl FnOnce(&mut SegmentRow)) -> Result<bool, Fault> {
-        let state = self.book.state();
+    /// Stores how far it is, and `change`; it stays in hand.
+    pub(super) async fn store(&self, change: impl FnOnce(&mut SegmentRow)) -> Result<(), Unstored> {
+        let state = self.book.state().map_err(Unstored::File)?;
         let both = move |row: &mut SegmentRow| {
             state(row);
             change(row);
         };
-        self.hold.renew(both).await
+        Unstored::of(self.hold.renew(both).await)
     }
 
-    /// Stores how far it is, and `change`, and lets go of it: whoever comes next need not wait. False
-    /// if it is lost.
-    pub(super) async fn release(self, change: impl FnOnce(&mut SegmentRow)) -> Result<bool, Fault> {
+    /// Stores how far it is, and `change`, and lets go of it: whoever comes next need not wait.
+    pub(super) async fn release(
+        self,
+        change: impl FnOnce(&mut SegmentRow),
+    ) -> Result<(), Unstored> {
         let (hold, book) = (Arc::clone(&self.hold), Arc::clone(&self.book));
         self.leave().await;
-        let state = book.state();
+        let state = book.state().map_err(Unstored::File)?;
         let both = move |row: &mut SegmentRow| {
             state(row);
             change(row);
         };
-        hold.release(both).await
+        Unstored::of(hold.release(both).await)
     }
 
     /// Renews it no longer: it ends by itself, when its writes are dead.

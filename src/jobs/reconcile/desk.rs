@@ -4,13 +4,23 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
 
 use super::Ended;
 use super::report::Counts;
-use crate::error::Fault;
+use crate::backoff::Backoff;
+use crate::error::{Fault, Policy};
 use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{Progress, ReconcileRow, Row, SegmentRow};
 use crate::lease::rules::take_name;
+use crate::lease::table::Written;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long the state table is waited for.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Where segments are dealt out.
 pub enum Desk {
@@ -99,8 +109,7 @@ impl Shared {
 
     /// The rows as they are now.
     pub(super) async fn rows(&self) -> Result<Rows, Ended> {
-        let all = self.terms.state.rows().await;
-        let all = all.map_err(|fault| self.failed(fault))?;
+        let all = self.read_all().await?;
         let mut rows = Rows {
             plan: None,
             segments: BTreeMap::new(),
@@ -117,6 +126,22 @@ impl Shared {
             }
         }
         Ok(rows)
+    }
+
+    /// All rows. What passes by itself is waited for.
+    async fn read_all(&self) -> Result<Vec<Row>, Ended> {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let begun = Instant::now();
+        loop {
+            match self.terms.state.rows().await {
+                Ok(rows) => return Ok(rows),
+                Err(fault) if fault.policy() == Policy::Retry && begun.elapsed() < PATIENCE => {
+                    tracing::debug!(code = fault.code, "the state table did not answer");
+                }
+                Err(fault) => return Err(self.failed(fault)),
+            }
+            tokio::time::sleep(backoff.pause()).await;
+        }
     }
 
     /// The next one to read: never begun, given back, or of one whose writes are dead.
@@ -150,8 +175,13 @@ impl Shared {
                     self.take(row).await
                 }
             };
-            match held.map_err(|fault| self.failed(fault))? {
-                Some(hold) => return Ok(Claim::Held(hold)),
+            // Whether it was taken is not known: it is anybody's once it has ended.
+            let held = match held {
+                Err(fault) if fault.policy() == Policy::Retry => None,
+                held => held.map_err(|fault| self.failed(fault))?,
+            };
+            match held {
+                Some(hold) => return self.is_open(hold).await,
                 None if self.one_at_a_time => return Ok(Claim::Others),
                 None => others = true,
             }
@@ -162,6 +192,20 @@ impl Shared {
         })
     }
 
+    /// A segment of a job that has ended meanwhile is none.
+    async fn is_open(&self, hold: Arc<Hold<SegmentRow>>) -> Result<Claim, Ended> {
+        let plan = self.terms.state.reconcile(&self.plan.lease_key).await;
+        if matches!(&plan, Ok(Some(plan)) if plan.ended.is_none()) {
+            return Ok(Claim::Held(hold));
+        }
+        if plan.is_ok() {
+            let _ = hold.finish().await;
+            return Ok(Claim::Nothing);
+        }
+        hold.give_back().await;
+        Ok(Claim::Others)
+    }
+
     /// Takes a row if nobody may be at it.
     pub(super) async fn take(
         &self,
@@ -170,6 +214,11 @@ impl Shared {
         if row.lease_owner.is_some() && row.until > self.terms.clock.now_ms() {
             return Ok(None);
         }
+        // One that still has its owner died in the middle of something.
+        let row = SegmentRow {
+            dirty: row.dirty || row.lease_owner.is_some(),
+            ..row
+        };
         Hold::take(self.terms.clone(), row, self.holder()).await
     }
 
@@ -177,28 +226,51 @@ impl Shared {
         take_name(&self.me, rand::random())
     }
 
-    /// Says what came of the job, or removes it where nobody else wants to know; and with it what
-    /// others left that died before it.
+    /// Says what came of the job, or removes it where nobody else wants to know.
     pub(super) async fn end(
         &self,
-        rows: &Rows,
-        counts: &Counts,
+        rows: Rows,
         too_many: Option<(u64, u64)>,
-    ) -> Result<(), Fault> {
-        let Some(plan) = &rows.plan else {
-            return Ok(());
-        };
+    ) -> Result<(Counts, Option<(u64, u64)>), Ended> {
         let state = &self.terms.state;
-        let known = plan.lease_counter;
-        let ended = ReconcileRow {
-            ended: Some(counts.clone()),
-            ended_at_ms: Some(self.terms.clock.now_ms()),
-            too_many_deletes: too_many,
-            lease_counter: known + 1,
-            ..plan.clone()
-        };
-        state.replace(&ended, known).await?;
-        for row in rows.segments.values() {
+        let counts = rows.counts();
+        let mut plan = rows.plan;
+        loop {
+            let Some(known) = plan else {
+                return Err(Ended::Gone);
+            };
+            if let Some(counts) = known.ended {
+                return Ok((counts, known.too_many_deletes));
+            }
+            let counter = known.lease_counter;
+            let ended = ReconcileRow {
+                ended: Some(counts.clone()),
+                ended_at_ms: Some(self.terms.clock.now_ms()),
+                too_many_deletes: too_many,
+                lease_counter: counter + 1,
+                ..known
+            };
+            let written = state.replace(&ended, counter).await;
+            if written.map_err(|fault| self.failed(fault))? == Written::Yes {
+                // Where rows stay behind somebody cleans them up later.
+                if self.forget(&rows.segments, &ended).await.is_err() {
+                    tracing::debug!(job = ended.job, "rows of a job that has ended stay");
+                }
+                return Ok((counts, too_many));
+            }
+            // Somebody has joined, or says that he is still here; or an earlier attempt took effect.
+            let read = state.reconcile(&ended.lease_key).await;
+            plan = read.map_err(|fault| self.failed(fault))?;
+        }
+    }
+
+    async fn forget(
+        &self,
+        segments: &BTreeMap<u32, SegmentRow>,
+        plan: &ReconcileRow,
+    ) -> Result<(), Fault> {
+        let state = &self.terms.state;
+        for row in segments.values() {
             state.delete_key(&row.lease_key).await?;
         }
         if plan.joined < 2 {
@@ -206,6 +278,37 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// Says, until `done`, that somebody is at the jobs with these plans, so that nobody begins another one.
+pub async fn stay(terms: &Terms, plans: &[String], done: &CancellationToken) {
+    loop {
+        for plan in plans {
+            is_here(terms, plan).await;
+        }
+        tokio::select! {
+            () = done.cancelled() => return,
+            () = tokio::time::sleep(terms.duration / 3) => {}
+        }
+    }
+}
+
+/// Moves a plan's `until` on. Another process that does the same at the same moment is as good.
+async fn is_here(terms: &Terms, plan: &str) {
+    let Ok(Some(plan)) = terms.state.reconcile(plan).await else {
+        return;
+    };
+    if plan.ended.is_some() {
+        return;
+    }
+    let known = plan.lease_counter;
+    let ahead_ms = terms.duration.as_millis() as i64 * 2;
+    let plan = ReconcileRow {
+        until: plan.until.max(terms.clock.now_ms() + ahead_ms),
+        lease_counter: known + 1,
+        ..plan
+    };
+    let _ = terms.state.replace(&plan, known).await;
 }
 
 /// Removes a comparison from the state table, segments first: without its plan nobody sees them.

@@ -250,6 +250,8 @@ impl Mender<'_> {
                 let (item, before) = (items.remove(&key), put.remove(&key));
                 let was_put = before.is_some();
                 let next = match (item, before) {
+                    // A delete has no age: what is there stays.
+                    (None, None) if newer.is_some() => Next::Ends(Fate::Left),
                     (None, None) => self.gone(&key).await,
                     (None, Some(before)) if newer.is_none() => self.take_back(&before).await,
                     // A delete has no age: what is there stays.
@@ -275,6 +277,7 @@ impl Mender<'_> {
                         put.insert(key.clone(), item);
                         open.push(key);
                     }
+                    Next::Again => open.push(key),
                     Next::Stops(ended) => {
                         if was_put {
                             mended.fates.push((key, Fate::Unverified));
@@ -287,8 +290,10 @@ impl Mender<'_> {
                 break;
             }
         }
-        // Put, and not verified.
-        let unverified = put.into_keys().map(|key| (key, Fate::Unverified));
+        // Put or taken back, and not verified.
+        let was_put = |key: &ItemKey| self.segment.was_put(key).is_some();
+        let unverified = open.into_iter().filter(was_put);
+        let unverified = unverified.map(|key| (key, Fate::Unverified));
         mended.fates.extend(unverified);
         mended
     }
@@ -296,9 +301,7 @@ impl Mender<'_> {
     /// The source has nothing under `key`. What an earlier attempt of this job put there late is taken
     /// back.
     async fn gone(&self, key: &ItemKey) -> Next {
-        let Some(put) = self.segment.was_put(key) else {
-            return Next::Ends(Fate::Repaired);
-        };
+        let put = self.segment.was_put(key);
         let there = match self
             .segment
             .get(Side::Target, std::slice::from_ref(key))
@@ -309,7 +312,9 @@ impl Mender<'_> {
         };
         match there {
             None => Next::Ends(Fate::Repaired),
-            Some(item) if Digest::of_item(&item) == Some(put) => self.take_back(&item).await,
+            Some(item) if put.is_some() && Digest::of_item(&item) == put => {
+                self.take_back(&item).await
+            }
             Some(_) => Next::Ends(Fate::Left),
         }
     }
@@ -317,6 +322,9 @@ impl Mender<'_> {
     async fn put_once(&self, item: Item, newer: Option<&str>) -> Next {
         let bound: Arc<dyn Bound> = Arc::clone(self.hold) as _;
         let stop = &self.segment.job.stop;
+        // Before it leaves: whatever becomes of it, it may be there.
+        let key = self.segment.job.key_of(&item);
+        self.segment.may_be_put(&key, &item);
         match self
             .repairs
             .conditional
@@ -325,13 +333,7 @@ impl Mender<'_> {
         {
             Put::Done => Next::Verify(item),
             Put::Held => self.found_there(&item).await,
-            other => {
-                if matches!(other, Put::Unanswered(_)) {
-                    self.segment
-                        .may_be_put(&self.segment.job.key_of(&item), &item);
-                }
-                self.not_put(other)
-            }
+            other => self.not_put(other),
         }
     }
 
@@ -352,8 +354,12 @@ impl Mender<'_> {
         let bound: Arc<dyn Bound> = Arc::clone(self.hold) as _;
         let stop = &self.segment.job.stop;
         match self.repairs.conditional.take_back(&bound, stop, item).await {
+            // The source may have it again by now.
+            Put::Done => {
+                self.segment.is_taken_back(&self.segment.job.key_of(item));
+                Next::Again
+            }
             // Gone again, or somebody has put something else there since.
-            Put::Done => Next::Ends(Fate::Repaired),
             Put::Held => Next::Ends(Fate::Left),
             // An item with more attributes than a condition may name.
             Put::Refused(_) => Next::Ends(Fate::Unverified),
@@ -382,5 +388,7 @@ enum Next {
     Ends(Fate),
     /// It was put: is it still what the source holds?
     Verify(Item),
+    /// The source is read once more.
+    Again,
     Stops(Ended),
 }

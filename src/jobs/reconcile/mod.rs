@@ -60,7 +60,9 @@ const SEGMENT_BYTES: i64 = 256 << 20;
 /// More parts than this help no more.
 const SEGMENTS_CHOSEN_MAX: u32 = 1_000;
 /// Keys deleted between two looks at whether to go on.
-const DELETED_MAX: usize = 500;
+const DELETED_MAX: usize = 100;
+/// Segments that may be lost before a job gives up: this machine is too slow, or the state table.
+const LOST_MAX: u32 = 20;
 /// How often keys that were written and not verified are repaired again.
 const VERIFY_ROUNDS: u32 = 3;
 /// How often the other processes of a job are looked after.
@@ -173,6 +175,22 @@ impl Found {
 struct InHand<'a> {
     segment: Segment<'a>,
     rest: Rest,
+    /// What was repaired since, to be counted when the segment is done: whoever takes it before that
+    /// repairs and counts it once more.
+    mended: Counts,
+    /// Whether what is to be deleted is.
+    is_deleted: bool,
+}
+
+impl<'a> InHand<'a> {
+    fn new(segment: Segment<'a>, rest: Rest) -> Self {
+        Self {
+            segment,
+            rest,
+            mended: Counts::default(),
+            is_deleted: false,
+        }
+    }
 }
 
 impl Reconcile {
@@ -210,16 +228,7 @@ impl Reconcile {
         };
         let rows = self.read_until_whole(shared, in_hand).await?;
         let (rows, too_many) = self.delete(shared, rows, in_hand).await?;
-        let Some(plan) = &rows.plan else {
-            return Err(Ended::Gone);
-        };
-        if let Some(counts) = &plan.ended {
-            return Ok((counts.clone(), plan.too_many_deletes));
-        }
-        let counts = rows.counts();
-        let ended = shared.end(&rows, &counts, too_many).await;
-        ended.map_err(|fault| shared.failed(fault))?;
-        Ok((counts, too_many))
+        shared.end(rows, too_many).await
     }
 
     /// Reads what there is to read, until nothing is, or others have it in hand.
@@ -228,6 +237,7 @@ impl Reconcile {
         let mut mine: Vec<u32> = in_hand.iter().map(|one| one.segment.number).collect();
         let mut others = false;
         let mut failed = None;
+        let mut lost = 0;
         loop {
             while at_work.len() < self.at_once && failed.is_none() {
                 let segment = match self.desk.claim(self.segments, &mine).await {
@@ -250,6 +260,12 @@ impl Reconcile {
                 None => break,
                 Some(Ok(None)) => {}
                 Some(Ok(Some(left))) => in_hand.push(left),
+                // Somebody else has it, or nobody for a while: what it was is read again then.
+                Some(Err(Ended::Lost)) if lost < LOST_MAX => {
+                    tracing::info!(table = self.table, "a segment was lost, and is read again");
+                    lost += 1;
+                    others = true;
+                }
                 Some(Err(ended)) => {
                     // The others end by themselves: what they wrote last is verified.
                     self.stop.cancel();
@@ -322,10 +338,7 @@ impl Reconcile {
                 }
                 let held = shared.take(row.clone()).await;
                 if let Some(hold) = held.map_err(|fault| shared.failed(fault))? {
-                    let left = InHand {
-                        segment: Segment::again(self, hold),
-                        rest: Rest::default(),
-                    };
+                    let left = InHand::new(Segment::again(self, hold), Rest::default());
                     self.finish(left, too_many.is_some(), in_hand).await?;
                 }
             }
@@ -350,28 +363,32 @@ impl Reconcile {
         keeps: bool,
         in_hand: &mut Vec<InHand<'a>>,
     ) -> Result<(), Ended> {
-        let in_row = left.segment.kept.as_ref().map(|kept| kept.hold.row());
-        let in_row = in_row.map_or(Vec::new(), |row| extra_of(&row));
-        let spilled = left.rest.extra.take();
-        if !keeps && self.repairs.is_some() {
-            let mut keys = in_row.into_iter().map(Ok).collect::<Vec<_>>();
-            if let Some(spill) = spilled {
-                keys.extend(spill.read().map_err(Ended::File)?);
-            }
-            let mut keys = keys.into_iter().peekable();
+        if !keeps && self.repairs.is_some() && !left.is_deleted {
+            let in_row = left.segment.kept.as_ref().map(|kept| kept.hold.row());
+            let in_row = in_row.map_or(Vec::new(), |row| extra_of(&row));
+            let spilled = match left.rest.extra.take() {
+                Some(spill) => Some(spill.read().map_err(Ended::File)?),
+                None => None,
+            };
+            let in_row = in_row.into_iter().map(Ok);
+            let mut keys = in_row.chain(spilled.into_iter().flatten()).peekable();
             while keys.peek().is_some() {
                 let some = keys.by_ref().take(DELETED_MAX);
                 let some: Result<Vec<ItemKey>, _> = some.collect();
-                let some = some.map_err(Ended::File)?;
-                let ended = self.mend_left(&mut left, some, false).await;
+                let ended = match some {
+                    Ok(some) => self.mend_left(&mut left, some, false).await,
+                    Err(error) => Some(Ended::File(error)),
+                };
                 if let Some(ended) = ended {
                     in_hand.push(left);
                     return Err(ended);
                 }
             }
         }
+        left.rest.extra = None;
+        left.is_deleted = true;
         match left.rest.is_empty() {
-            true => left.segment.done().await,
+            true => left.segment.done(&left.mended).await,
             false => {
                 in_hand.push(left);
                 Ok(())
@@ -390,14 +407,24 @@ impl Reconcile {
             true => keys.iter().cloned().collect(),
             false => HashSet::new(),
         };
+        if let Err(ended) = left.segment.mends(&keys).await {
+            left.segment.unverified(open.len());
+            left.rest.unverified.extend(open);
+            return Some(ended);
+        }
         let mended = mend(&left.segment, keys).await;
         for (key, fate) in mended.fates {
             self.found.add(&fate.counts());
-            left.segment.book.ledger().add(&fate.counts());
+            left.mended += &fate.counts();
             match fate {
-                Fate::Unverified => open.insert(key),
-                _ => open.remove(&key),
-            };
+                Fate::Unverified => {
+                    open.insert(key);
+                }
+                _ => {
+                    left.segment.book.mended(&key);
+                    open.remove(&key);
+                }
+            }
         }
         left.segment.unverified(open.len());
         left.rest.unverified.extend(open);
@@ -431,9 +458,10 @@ impl Reconcile {
             return Err(Ended::Unverified);
         }
         for left in std::mem::take(in_hand) {
-            match left.rest.is_empty() {
-                true => left.segment.reading_ends().await?,
-                false => in_hand.push(left),
+            match (left.rest.is_empty(), left.is_deleted) {
+                (true, true) => left.segment.done(&left.mended).await?,
+                (true, false) => left.segment.reading_ends(&left.mended).await?,
+                (false, _) => in_hand.push(left),
             }
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -113,7 +113,14 @@ impl Lines {
             true => options.create(true).append(true),
             false => options.create_new(true).write(true),
         };
-        let file = options.mode(0o600).open(path)?;
+        let file = options.read(goes_on).mode(0o600).open(path)?;
+        if goes_on {
+            // It holds keys, whoever made it; and who died may have left half a line.
+            file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+            let text = std::fs::read(path)?;
+            let whole = text.iter().rposition(|byte| *byte == b'\n');
+            file.set_len(whole.map_or(0, |at| at as u64 + 1))?;
+        }
         Ok(Self {
             file: Mutex::new(BufWriter::new(file)),
             images,

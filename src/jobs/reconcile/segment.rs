@@ -8,10 +8,11 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::book::{Book, Kept};
+use super::book::{Book, Kept, Unstored};
 use super::desk::Desk;
 use super::join::{self, Join, Look, Met, Side, index};
 use super::ledger::{Origin, Position};
+use super::mend::{Fate, mend};
 use super::place::Place;
 use super::report::Counts;
 use super::settle::{Rest, Settler};
@@ -20,7 +21,6 @@ use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::BATCH_KEYS_MAX;
 use crate::dynamo::value::Item;
-use crate::error::Fault;
 use crate::lease::hold::Hold;
 use crate::lease::row::SegmentRow;
 
@@ -50,7 +50,7 @@ pub(super) struct Segment<'a> {
     pub(super) kept: Option<Kept>,
     /// Keys that were written and are not verified.
     unverified: AtomicU64,
-    /// What was put on condition and not answered, by its key.
+    /// What was put on condition, or may have been, by its key.
     puts: Mutex<HashMap<ItemKey, Option<Digest>>>,
 }
 
@@ -89,7 +89,7 @@ impl<'a> Segment<'a> {
 
     /// Reads it to its end. `None`: it is read, and nothing of it is left in this process.
     pub(super) async fn read(self) -> Result<Option<InHand<'a>>, Ended> {
-        let rest = match self.run().await {
+        let rest = match self.go_on().await {
             Ok(rest) => rest,
             Err(ended) => {
                 self.let_go().await;
@@ -97,21 +97,19 @@ impl<'a> Segment<'a> {
             }
         };
         if rest.is_empty() {
-            self.reading_ends().await?;
+            self.reading_ends(&Counts::default()).await?;
             return Ok(None);
         }
         if let Some(kept) = &self.kept {
             let scanned = self.scanned();
             let stored = kept.store(|row| row.scanned = Some(scanned)).await;
-            if let Some(ended) = self.lost(stored) {
+            if let Err(unstored) = stored {
+                let ended = self.unstored(unstored);
                 self.let_go().await;
                 return Err(ended);
             }
         }
-        Ok(Some(InHand {
-            segment: self,
-            rest,
-        }))
+        Ok(Some(InHand::new(self, rest)))
     }
 
     /// Items of the target, and those that only it has.
@@ -120,18 +118,18 @@ impl<'a> Segment<'a> {
         (total.target_items, total.extra)
     }
 
-    fn lost(&self, stored: Result<bool, Fault>) -> Option<Ended> {
-        match (stored, &self.job.desk) {
-            (Ok(true), _) => None,
-            (Err(fault), Desk::Shared(shared)) => Some(shared.failed(fault)),
-            (Ok(false) | Err(_), _) => Some(Ended::Lost),
+    fn unstored(&self, unstored: Unstored) -> Ended {
+        match (unstored, &self.job.desk) {
+            (Unstored::File(error), _) => Ended::File(error),
+            (Unstored::Failed(fault), Desk::Shared(shared)) => shared.failed(fault),
+            (Unstored::Lost | Unstored::Failed(_), _) => Ended::Lost,
         }
     }
 
     /// Everything of it was read and settled: its row says so, and anybody may delete what is to be
-    /// deleted.
-    pub(super) async fn reading_ends(mut self) -> Result<(), Ended> {
-        self.book.ledger().finish();
+    /// deleted. `mended`: what was repaired since and is not counted yet.
+    pub(super) async fn reading_ends(mut self, mended: &Counts) -> Result<(), Ended> {
+        self.settled(mended);
         let scanned = self.scanned();
         let deletes = self.job.repairs.is_some();
         let Some(kept) = self.kept.take() else {
@@ -139,24 +137,46 @@ impl<'a> Segment<'a> {
         };
         let stored = kept.release(|row| {
             row.scanned = Some(scanned);
+            row.dirty = false;
             row.done = !deletes || row.extra.is_empty();
         });
         let stored = stored.await;
-        self.lost(stored).map_or(Ok(()), Err)
+        stored.map_err(|unstored| self.unstored(unstored))
     }
 
-    /// Nothing of it is left to do.
-    pub(super) async fn done(mut self) -> Result<(), Ended> {
-        self.book.ledger().finish();
+    fn settled(&self, mended: &Counts) {
+        let mut ledger = self.book.ledger();
+        ledger.add(mended);
+        ledger.finish();
+    }
+
+    /// Nothing of it is left to do. `mended`: as above.
+    pub(super) async fn done(mut self, mended: &Counts) -> Result<(), Ended> {
+        self.settled(mended);
         let Some(kept) = self.kept.take() else {
             return Ok(());
         };
         let stored = kept.release(|row| {
             row.done = true;
+            row.dirty = false;
             row.extra.clear();
         });
         let stored = stored.await;
-        self.lost(stored).map_or(Ok(()), Err)
+        stored.map_err(|unstored| self.unstored(unstored))
+    }
+
+    /// Stores that `keys` are being repaired: what is written for them last may be wrong, until it is
+    /// verified.
+    pub(super) async fn mends(&self, keys: &[ItemKey]) -> Result<(), Ended> {
+        let Some(kept) = &self.kept else {
+            return Err(Ended::Lost);
+        };
+        if !self.book.mends(keys) {
+            // So many writes without an answer: somebody should look why.
+            return Err(Ended::Unverified);
+        }
+        let stored = kept.store(|_| ()).await;
+        stored.map_err(|unstored| self.unstored(unstored))
     }
 
     /// This process goes: who comes next need not wait, unless a write may take effect yet.
@@ -166,12 +186,18 @@ impl<'a> Segment<'a> {
         };
         match self.unverified.load(Ordering::Relaxed) {
             // If it cannot be written it ends by itself.
-            0 => drop(kept.release(|_| ()).await),
+            0 => drop(kept.release(|row| row.dirty = false).await),
             _ => kept.leave().await,
         }
     }
 
-    /// `item` was put, and that was not answered.
+    /// What was put under `key` is gone.
+    pub(super) fn is_taken_back(&self, key: &ItemKey) {
+        let mut puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
+        puts.remove(key);
+    }
+
+    /// `item` is put.
     pub(super) fn may_be_put(&self, key: &ItemKey, item: &Item) {
         let mut puts = self.puts.lock().unwrap_or_else(PoisonError::into_inner);
         puts.insert(key.clone(), Digest::of_item(item));
@@ -193,6 +219,31 @@ impl<'a> Segment<'a> {
     pub(super) fn verified(&self, keys: usize) {
         self.unverified.fetch_sub(keys as u64, Ordering::Relaxed);
         self.job.found.unverified(-(keys as i64));
+    }
+
+    /// Goes on where the row stands. What its last owner repaired when it died comes first.
+    async fn go_on(&self) -> Result<Rest, Ended> {
+        let before = self.book.was_mending();
+        let mut rest = Rest::default();
+        if !before.is_empty() && self.job.repairs.is_some() {
+            let mended = mend(self, before).await;
+            for (key, fate) in mended.fates {
+                match fate {
+                    Fate::Unverified => {
+                        self.unverified(1);
+                        rest.unverified.push(key);
+                    }
+                    _ => self.book.mended(&key),
+                }
+            }
+            if let Some(ended) = mended.ended {
+                return Err(ended);
+            }
+        }
+        let more = self.run().await?;
+        rest.unverified.extend(more.unverified);
+        rest.extra = more.extra;
+        Ok(rest)
     }
 
     /// Reads it to its end, and settles what differs. Returns what is left to do then.
@@ -268,6 +319,10 @@ impl<'a> Segment<'a> {
                 self.meet(&mut scan.join, origin, entries, suspects).await?;
             }
             self.look_up(&mut scan, suspects).await?;
+            if self.kept.is_none() {
+                // Nobody stores it: what is settled is forgotten here.
+                self.book.ledger().cut();
+            }
         }
     }
 

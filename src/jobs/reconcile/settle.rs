@@ -33,6 +33,8 @@ const PATIENT_SETTLES: u32 = 12;
 const PATIENT_FLOWS: u32 = 3;
 /// Keys remembered as judged; with more, they are forgotten and may be reported twice.
 const JUDGED_MAX: usize = 100_000;
+/// Bytes of the keys that are repaired together: they stand in the row meanwhile.
+const LOT_BYTES_MAX: usize = 24 << 10;
 /// Keys gathered before they are repaired.
 const MENDED_MAX: usize = 500;
 
@@ -363,9 +365,26 @@ impl<'a> Settler<'a> {
     }
 
     async fn mend_differing(&mut self) -> Result<(), Ended> {
-        let differing = std::mem::take(&mut self.differ);
+        let mut differing = std::mem::take(&mut self.differ).into_iter().peekable();
+        while differing.peek().is_some() {
+            let mut lot = Vec::new();
+            let mut bytes = 0;
+            while bytes < LOT_BYTES_MAX
+                && let Some(one) = differing.next()
+            {
+                bytes += one.suspect.key.as_bytes().len();
+                lot.push(one);
+            }
+            self.mend_lot(lot).await?;
+        }
+        Ok(())
+    }
+
+    async fn mend_lot(&mut self, differing: Vec<Differing>) -> Result<(), Ended> {
         let keys = differing.iter().map(|one| one.suspect.key.clone());
-        let mended = mend(self.segment, keys.collect()).await;
+        let keys: Vec<ItemKey> = keys.collect();
+        self.segment.mends(&keys).await?;
+        let mended = mend(self.segment, keys).await;
         let mut fates: HashMap<ItemKey, Fate> = mended.fates.into_iter().collect();
         for Differing { suspect, kind } in differing {
             let id = Digest::of_key(&suspect.key);
@@ -389,7 +408,10 @@ impl<'a> Settler<'a> {
                     self.segment.unverified(1);
                     self.rest.unverified.push(suspect.key);
                 }
-                Fate::Repaired | Fate::Refused | Fate::Left | Fate::Untouched => self.close(id),
+                Fate::Repaired | Fate::Refused | Fate::Left | Fate::Untouched => {
+                    self.close(id);
+                    self.segment.book.mended(&suspect.key);
+                }
             }
         }
         mended.ended.map_or(Ok(()), Err)

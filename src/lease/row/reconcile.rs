@@ -45,6 +45,8 @@ pub struct ReconcileRow {
     pub at_ms: i64,
     /// Grows with every update.
     pub lease_counter: u64,
+    /// Somebody is at the job until then, by the same clock; every process that takes part moves it on.
+    pub until: i64,
     /// Processes that took part.
     pub joined: u32,
     /// What came of it, once it has ended.
@@ -136,6 +138,13 @@ pub struct SegmentRow {
     /// are met again, and not counted again.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub counted: String,
+    /// Keys that are being repaired, in base64, and are not known to be right: whoever takes the row repairs
+    /// them first, for what its owner wrote last may be wrong.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mending: Vec<String>,
+    /// Its owner died while it repaired, or the owner before that, and nobody has come to its end since.
+    #[serde(default)]
+    pub dirty: bool,
     /// Keys that only the target has, in base64, while they wait to be deleted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub extra: Vec<String>,
@@ -177,6 +186,8 @@ impl SegmentRow {
             target: Mark::Start,
             counts: Counts::default(),
             counted: String::new(),
+            mending: Vec::new(),
+            dirty: false,
             extra: Vec::new(),
             scanned: None,
             done: false,
@@ -256,13 +267,17 @@ pub fn audited(jobs: &[Progress<'_>], epoch: u64, table: &str) -> Option<(Option
 impl Progress<'_> {
     /// Whether somebody is at it at `now_ms`, or its last writes may still take effect.
     pub fn is_alive(&self, now_ms: i64) -> bool {
-        self.plan.ended.is_none() && self.segments.iter().any(|row| row.until >= now_ms)
+        let at_work = self.segments.iter().any(|row| row.until >= now_ms);
+        self.plan.ended.is_none() && (at_work || self.plan.until >= now_ms)
     }
 
-    /// Whether it repaired, and died or gave up before its end: what it wrote last nobody has verified.
-    pub fn is_unfinished(&self, now_ms: i64) -> bool {
-        let begun = !self.segments.is_empty();
-        self.plan.apply && self.plan.ended.is_none() && begun && !self.is_alive(now_ms)
+    /// Whether a process of it died while it repaired, in this epoch: what it wrote last nobody has
+    /// verified. One that stopped cleanly left nothing unverified.
+    pub fn is_unfinished(&self, epoch: u64, now_ms: i64) -> bool {
+        let died = |row: &SegmentRow| row.lease_owner.is_some() && row.until < now_ms;
+        let plan = self.plan;
+        let is_open = plan.apply && plan.ended.is_none() && plan.epoch == epoch;
+        is_open && self.segments.iter().any(|row| row.dirty || died(row))
     }
 
     /// What was found so far.
