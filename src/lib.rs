@@ -25,7 +25,7 @@
 //! | give up | [`dead_letter`], [`run::letter`] | a record the replica can never take is stored before the checkpoint passes it |
 //! | halt | [`apply::flood`] (pure), [`run::halt`] | a flood of refusals is no poison: the table stops and a person is called |
 //! | bring home | [`jobs::redrive`], [`repair`] | a letter is deleted only after its key is as in the source |
-//! | compare | [`jobs::reconcile`]: [`join`](jobs::reconcile::join), [`judge`](jobs::reconcile::judge) (pure) | one scan a side; in flight is not drift; repaired by key |
+//! | compare | [`jobs::reconcile`]: [`join`](jobs::reconcile::join), [`judge`](jobs::reconcile::judge), [`ledger`](jobs::reconcile::ledger) (pure); [`run::audit`] | one scan a side; in flight is not drift; repaired by key; shared, and gone on with |
 //! | checkpoint | [`run::shard`] | follows the data, never the reading |
 //! | in doubt | [`lease::doubts`] (pure), [`run::doubts`], [`repair`] | a write that may take effect late is repaired by key once it no longer can |
 //!

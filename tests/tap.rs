@@ -381,8 +381,7 @@ async fn status_shows_pauses_doubts_and_workers() {
         assert!(text.contains(part), "{part} is missing:\n{text}");
     }
     let answer = json(&run(&["status", "--json", "--config", path]));
-    let expected =
-        "active doubts epoch finishedShards gaps group here pauses shards version workers";
+    let expected = "active audits doubts epoch finishedShards gaps group here jobs pauses shards version workers";
     assert_eq!(fields(&answer).join(" "), expected);
     assert_eq!(answer["version"], 1);
     assert_eq!(
