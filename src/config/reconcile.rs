@@ -33,7 +33,7 @@ impl Default for Reconcile {
             // A sixth of what one partition gives: the application keeps the rest.
             read_units_per_second: 500,
             segments: 0,
-            // A million items that wait.
+            // Seven hundred thousand items that wait.
             memory: ByteSize::mb(256),
             // Some seconds more than a healthy worker is behind.
             settle: Duration::from_secs(5),

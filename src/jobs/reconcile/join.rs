@@ -70,8 +70,9 @@ struct Waiting<K> {
     turn: u64,
 }
 
-/// Memory of an entry beyond its key: two digests, the maps' slots with their slack, its turn.
-const ENTRY_BYTES: usize = 160;
+/// Memory of an entry beyond its key: two digests, its origin and turn, in a map and a queue that double
+/// when they are full, and hold the old half meanwhile.
+const ENTRY_BYTES: usize = 300;
 /// Memory of a key that was looked up.
 const SETTLED_BYTES: usize = 40;
 

@@ -188,7 +188,7 @@ proptest! {
         if !alike {
             orders.iter_mut().for_each(|order| order.shuffle(&mut random));
         }
-        let memory = entries * 170;
+        let memory = entries * 310;
         let world = World { tables: [source, target], orders, memory };
         let mut stored = start();
         for _ in 0..deaths {
