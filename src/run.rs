@@ -172,6 +172,7 @@ async fn feed_until(
         state: feed.state,
         dead_letters: feed.dead_letters,
         letters: Semaphore::new(LETTERS_AT_ONCE),
+        audits: Semaphore::new(1),
         halts: Halts::new(&config),
         health,
         board,

@@ -37,12 +37,12 @@ async fn more_items_that_wait_than_memory_allows_are_looked_up() {
     let large = |id: usize| {
         Item::from([
             ("id".to_owned(), s(format!("k{id}"))),
-            ("text".to_owned(), s("x".repeat(1_200))),
+            ("text".to_owned(), s("x".repeat(3_200))),
         ])
     };
     tokio::join!(
-        put_all(&stand.source, &table, (0..4_500).map(large)),
-        put_all(&stand.target, &table, (4_400..8_900).map(large))
+        put_all(&stand.source, &table, (0..3_000).map(large)),
+        put_all(&stand.target, &table, (2_900..5_900).map(large))
     );
     // Reads by key, counted by a fault that does nothing.
     let counted_reads = |memory: &str| {
@@ -53,7 +53,7 @@ async fn more_items_that_wait_than_memory_allows_are_looked_up() {
         let reads = Fault::slow_answer(Duration::ZERO).on("BatchGetItem");
         let reads = stand.gateways[1].inject(reads);
         let dry = ends(1, &config, &[]);
-        assert_eq!(counted(&dry), (4_400, 0, 4_400));
+        assert_eq!(counted(&dry), (2_900, 0, 2_900));
         reads.off();
         reads.hits()
     };

@@ -5,6 +5,7 @@ mod job;
 mod show;
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -282,7 +283,8 @@ impl Ground<'_> {
         // What is not settled, or not deleted, may be what one that died wrote last.
         let mirrors = self.asked.apply && self.asked.strategy == Strategy::Mirror;
         let whole = mirrors && result.is_ok() && counts.unsettled == 0;
-        self.clean(&pair.table.name, whole).await;
+        let equal = whole && counts.remaining() == 0;
+        self.clean(&pair.table.name, whole, equal).await;
         let moved = moved.into_inner().unwrap_or_else(PoisonError::into_inner);
         let resumable = stored
             && !matches!(
@@ -364,6 +366,7 @@ impl Ground<'_> {
             lines,
             stop: stop.clone(),
             found: Arc::new(Found::default()),
+            lost: AtomicU32::new(0),
         }
     }
 

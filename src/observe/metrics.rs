@@ -167,7 +167,7 @@ pub const METRICS: &[Metric] = &[
         VERIFIED_AGE,
         Kind::Gauge,
         "table",
-        "Seconds since the beginning of the last pass of the audit that found the replica equal to its source. Absent until there was one.",
+        "Seconds since the beginning of the last pass of the audit that found the replica equal to its source. Infinite until there was one.",
     ),
     metric(
         DRIFT,
@@ -389,9 +389,8 @@ pub fn gaps_open(table: &str, reason: &'static str, gaps: usize) {
 
 /// What the audit says of `table`: seconds since it was found equal, and items that differ.
 pub fn audited(table: &str, verified_age: Option<f64>, different: u64) {
-    if let Some(age) = verified_age {
-        gauge!(VERIFIED_AGE, "table" => table.to_owned()).set(age);
-    }
+    let age = verified_age.unwrap_or(f64::INFINITY);
+    gauge!(VERIFIED_AGE, "table" => table.to_owned()).set(age);
     gauge!(DRIFT, "table" => table.to_owned()).set(different as f64);
 }
 

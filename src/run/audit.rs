@@ -7,6 +7,7 @@
 //! found; [`super::rows`] tells metrics and readiness from it.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -26,6 +27,7 @@ use crate::jobs::reconcile::strategy::Strategy;
 use crate::jobs::reconcile::{Ended, Found, Reconcile, segments_of};
 use crate::lease::hold::Terms;
 use crate::lease::row::{FORMAT_VERSION, ReconcileRow, Row, SegmentRow, comparisons};
+use crate::lease::table::Written;
 use crate::repair::Unfinished;
 
 /// Passes begin no more often: so many lease durations apart.
@@ -67,6 +69,10 @@ async fn pass(shared: &Shared, table: &Table, stop: &CancellationToken) -> Resul
         return Ok(());
     };
     let job = job(shared, table, plan.clone(), stop).await?;
+    // One table at a time in each worker: neither memory nor read units grow with the tables.
+    let Ok(_turn) = shared.audits.acquire().await else {
+        return Ok(());
+    };
     match job.run().await {
         Ok(counts) => {
             tell(table, &plan, &counts);
@@ -133,11 +139,17 @@ async fn plan(shared: &Shared, table: &Table) -> Result<Option<ReconcileRow>, Fa
     let Some(next) = next(shared, table, number, verified, now_ms).await? else {
         return Ok(None);
     };
-    // Of several workers one begins it, and the others find it there.
-    shared.state.create(&next).await?;
+    // What is left of one of that name, from before somebody removed it, is none of it.
+    for row in segments.iter().filter(|row| row.job == next.job) {
+        shared.state.delete_key(&row.lease_key).await?;
+    }
+    // Of several workers one begins it, and the others take part as its row says.
+    if shared.state.create(&next).await? == Written::Refused {
+        return shared.state.reconcile(&next.lease_key).await;
+    }
     let terms = terms(shared);
     let old = |job: &&crate::lease::row::Progress<'_>| {
-        job.plan.epoch != shared.epoch || job.plan.audit_pass().is_some_and(|n| n + 1 < number)
+        job.plan.epoch < shared.epoch || job.plan.audit_pass().is_some_and(|n| n + 1 < number)
     };
     for job in comparisons(&plans, &segments).iter().filter(old) {
         desk::remove(&terms, job).await?;
@@ -264,5 +276,6 @@ async fn job(
         lines: None,
         stop,
         found: Arc::new(Found::default()),
+        lost: AtomicU32::new(0),
     })
 }

@@ -53,6 +53,8 @@ pub struct Shared {
     /// Dead letters on their way at once. Without a bound, mass poison would take every thread and
     /// connection there is.
     pub letters: Semaphore,
+    /// Tables audited at once.
+    pub audits: Semaphore,
     /// What was refused lately, and which tables are halted for it.
     pub halts: Halts,
     /// Lists shards at one pace.

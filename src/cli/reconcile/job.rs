@@ -332,7 +332,8 @@ impl Ground<'_> {
 
     /// Removes what others left: jobs that have ended, comparisons that nobody went on with, and where
     /// this one has come to its end (`whole`) the repairs of the same table that died.
-    pub(super) async fn clean(&self, table: &str, whole: bool) {
+    /// What an audit found is forgotten only where nothing differs any more (`equal`).
+    pub(super) async fn clean(&self, table: &str, whole: bool, equal: bool) {
         let Ok(flow) = self.flow(&self.asked.tables) else {
             return;
         };
@@ -342,7 +343,11 @@ impl Ground<'_> {
         let terms = flow.terms(std::time::Duration::ZERO);
         let now_ms = flow.region.clock.now_ms();
         for job in comparisons(&plans, &segments) {
-            if self.is_over(&job, table, whole, now_ms) {
+            let is_over = match job.plan.audit_pass() {
+                Some(_) => equal && job.plan.table == table,
+                None => self.is_over(&job, table, whole, now_ms),
+            };
+            if is_over {
                 let removed = remove(&terms, &job).await;
                 if let Err(fault) = removed {
                     tracing::debug!(code = fault.code, "rows of an old job stay");
@@ -364,10 +369,6 @@ impl Ground<'_> {
         let plan = job.plan;
         if plan.job == self.asked.id {
             return false;
-        }
-        if plan.audit_pass().is_some() {
-            // What it found is mended: it begins anew.
-            return whole && plan.table == table;
         }
         if let Some(ended) = plan.ended_at_ms {
             return ended + ENDED_KEPT_MS < now_ms;

@@ -97,8 +97,14 @@ impl Book {
     /// `keys` are to be repaired: to be stored before the first write. False if they are too many.
     pub(super) fn mends(&self, keys: &[ItemKey]) -> bool {
         let mut mending = self.mending();
-        mending.extend(keys.iter().map(encode));
-        mending.iter().map(String::len).sum::<usize>() <= MENDING_BYTES_MAX
+        let keys = keys.iter().map(encode);
+        let more: Vec<String> = keys.filter(|key| !mending.contains(key)).collect();
+        let bytes: usize = mending.iter().chain(&more).map(String::len).sum();
+        let fits = bytes <= MENDING_BYTES_MAX;
+        if fits {
+            mending.extend(more);
+        }
+        fits
     }
 
     /// A key that was to be repaired is known to be right, or was not touched.
@@ -219,11 +225,12 @@ impl Kept {
         let task = {
             let (hold, book, done) = (Arc::clone(&hold), Arc::clone(&book), done.clone());
             tokio::spawn(async move {
+                // What is known when it is written, not before: an older state must not overwrite the
+                // keys that a repair has stored meanwhile.
                 let change = || {
-                    let state = book.state();
-                    // Without it the row says what it said: renewed, and no further.
-                    |row: &mut SegmentRow| {
-                        if let Ok(state) = state {
+                    let book = Arc::clone(&book);
+                    move |row: &mut SegmentRow| {
+                        if let Ok(state) = book.state() {
                             state(row);
                         }
                     }
@@ -239,14 +246,23 @@ impl Kept {
         }
     }
 
+    /// Whether somebody else has it now, or its row is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        self.task.is_finished()
+    }
+
     /// Stores how far it is, and `change`; it stays in hand.
     pub(super) async fn store(&self, change: impl FnOnce(&mut SegmentRow)) -> Result<(), Unstored> {
-        let state = self.book.state().map_err(Unstored::File)?;
-        let both = move |row: &mut SegmentRow| {
-            state(row);
-            change(row);
+        let mut failed = None;
+        let both = |row: &mut SegmentRow| match self.book.state() {
+            Ok(state) => {
+                state(row);
+                change(row);
+            }
+            Err(error) => failed = Some(error),
         };
-        Unstored::of(self.hold.renew(both).await)
+        let written = self.hold.renew(both).await;
+        failed.map_or_else(|| Unstored::of(written), |error| Err(Unstored::File(error)))
     }
 
     /// Stores how far it is, and `change`, and lets go of it: whoever comes next need not wait.

@@ -145,6 +145,13 @@ impl<P: Clone> Ledger<P> {
         // One that was looked up is met on the other side, too.
         let sides: HashSet<Side> = origins.iter().map(|origin| origin.side).collect();
         let is_on_both = counts.changed + counts.unsettled > 0;
+        // One that stands on one side passes with its page, and needs no place of its own.
+        if let (false, [origin]) = (is_on_both, &origins[..])
+            && let Some(page) = self.page_mut(*origin)
+        {
+            page.counts += &counts;
+            return;
+        }
         if let (true, 1, Some(side)) = (is_on_both, sides.len(), sides.iter().next()) {
             origins.push(Origin {
                 side: side.other(),

@@ -291,10 +291,15 @@ impl Mender<'_> {
             }
         }
         // Put or taken back, and not verified.
-        let was_put = |key: &ItemKey| self.segment.was_put(key).is_some();
-        let unverified = open.into_iter().filter(was_put);
-        let unverified = unverified.map(|key| (key, Fate::Unverified));
-        mended.fates.extend(unverified);
+        let never = mended.ended.is_none();
+        for key in open {
+            match self.segment.was_put(&key) {
+                Some(_) => mended.fates.push((key, Fate::Unverified)),
+                // The source has it by turns, and the target as little as before.
+                None if never => mended.fates.push((key, Fate::Untouched)),
+                None => {}
+            }
+        }
         mended
     }
 

@@ -30,6 +30,7 @@ mod spill;
 pub mod strategy;
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,7 +42,7 @@ use crate::apply::conditional::Conditional;
 use crate::config::MaxDeletes;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::value::Item;
-use crate::error::Fault;
+use crate::error::{Fault, Policy};
 use crate::repair::KeepExpired;
 use book::extra_of;
 use desk::{Claim, Desk, Rows, Shared};
@@ -59,8 +60,10 @@ pub const SEGMENTS_AT_ONCE: usize = 4;
 const SEGMENT_BYTES: i64 = 256 << 20;
 /// More parts than this help no more.
 const SEGMENTS_CHOSEN_MAX: u32 = 1_000;
-/// Keys deleted between two looks at whether to go on.
+/// Keys deleted together.
 const DELETED_MAX: usize = 100;
+/// Bytes of the keys that are repaired together: they stand in the row meanwhile.
+const LOT_BYTES_MAX: usize = 24 << 10;
 /// Segments that may be lost before a job gives up: this machine is too slow, or the state table.
 const LOST_MAX: u32 = 20;
 /// How often keys that were written and not verified are repaired again.
@@ -145,6 +148,8 @@ pub struct Reconcile {
     pub stop: CancellationToken,
     /// What was found so far.
     pub found: Arc<Found>,
+    /// Segments that were lost.
+    pub lost: AtomicU32,
 }
 
 /// What this process found so far, for whoever watches.
@@ -237,7 +242,6 @@ impl Reconcile {
         let mut mine: Vec<u32> = in_hand.iter().map(|one| one.segment.number).collect();
         let mut others = false;
         let mut failed = None;
-        let mut lost = 0;
         loop {
             while at_work.len() < self.at_once && failed.is_none() {
                 let segment = match self.desk.claim(self.segments, &mine).await {
@@ -261,9 +265,8 @@ impl Reconcile {
                 Some(Ok(None)) => {}
                 Some(Ok(Some(left))) => in_hand.push(left),
                 // Somebody else has it, or nobody for a while: what it was is read again then.
-                Some(Err(Ended::Lost)) if lost < LOST_MAX => {
+                Some(Err(Ended::Lost)) if self.lost.fetch_add(1, Ordering::Relaxed) < LOST_MAX => {
                     tracing::info!(table = self.table, "a segment was lost, and is read again");
-                    lost += 1;
                     others = true;
                 }
                 Some(Err(ended)) => {
@@ -336,8 +339,12 @@ impl Reconcile {
                 if !row.is_whole() {
                     continue;
                 }
-                let held = shared.take(row.clone()).await;
-                if let Some(hold) = held.map_err(|fault| shared.failed(fault))? {
+                let held = match shared.take(row.clone()).await {
+                    // Whether it was taken is not known: it is anybody's once it has ended.
+                    Err(fault) if fault.policy() == Policy::Retry => None,
+                    held => held.map_err(|fault| shared.failed(fault))?,
+                };
+                if let Some(hold) = held {
                     let left = InHand::new(Segment::again(self, hold), Rest::default());
                     self.finish(left, too_many.is_some(), in_hand).await?;
                 }
@@ -363,6 +370,11 @@ impl Reconcile {
         keeps: bool,
         in_hand: &mut Vec<InHand<'a>>,
     ) -> Result<(), Ended> {
+        // Of one who died in the middle of its deletes.
+        if let Err(ended) = left.segment.mend_inherited_of(&left.rest).await {
+            in_hand.push(left);
+            return Err(ended);
+        }
         if !keeps && self.repairs.is_some() && !left.is_deleted {
             let in_row = left.segment.kept.as_ref().map(|kept| kept.hold.row());
             let in_row = in_row.map_or(Vec::new(), |row| extra_of(&row));
@@ -373,9 +385,7 @@ impl Reconcile {
             let in_row = in_row.into_iter().map(Ok);
             let mut keys = in_row.chain(spilled.into_iter().flatten()).peekable();
             while keys.peek().is_some() {
-                let some = keys.by_ref().take(DELETED_MAX);
-                let some: Result<Vec<ItemKey>, _> = some.collect();
-                let ended = match some {
+                let ended = match lot(&mut keys) {
                     Ok(some) => self.mend_left(&mut left, some, false).await,
                     Err(error) => Some(Ended::File(error)),
                 };
@@ -457,11 +467,19 @@ impl Reconcile {
             // Its rows stay, as an alarm.
             return Err(Ended::Unverified);
         }
-        for left in std::mem::take(in_hand) {
-            match (left.rest.is_empty(), left.is_deleted) {
-                (true, true) => left.segment.done(&left.mended).await?,
-                (true, false) => left.segment.reading_ends(&left.mended).await?,
-                (false, _) => in_hand.push(left),
+        let mut all = std::mem::take(in_hand).into_iter();
+        while let Some(left) = all.next() {
+            let ended = match (left.rest.is_empty(), left.is_deleted) {
+                (true, true) => left.segment.done(&left.mended).await,
+                (true, false) => left.segment.reading_ends(&left.mended).await,
+                (false, _) => {
+                    in_hand.push(left);
+                    Ok(())
+                }
+            };
+            if ended.is_err() {
+                in_hand.extend(all);
+                return ended;
             }
         }
         Ok(())
@@ -476,6 +494,21 @@ impl Reconcile {
 pub fn segments_of(bytes: i64) -> u32 {
     let parts = bytes / SEGMENT_BYTES + 1;
     u32::try_from(parts).map_or(SEGMENTS_CHOSEN_MAX, |n| n.min(SEGMENTS_CHOSEN_MAX))
+}
+
+/// The next keys that are deleted together: they stand in the row meanwhile.
+fn lot(keys: &mut impl Iterator<Item = std::io::Result<ItemKey>>) -> std::io::Result<Vec<ItemKey>> {
+    let mut lot: Vec<ItemKey> = Vec::new();
+    let mut bytes = 0;
+    while lot.len() < DELETED_MAX
+        && bytes < LOT_BYTES_MAX
+        && let Some(key) = keys.next()
+    {
+        let key = key?;
+        bytes += key.as_bytes().len();
+        lot.push(key);
+    }
+    Ok(lot)
 }
 
 /// The key of `item`, by the attributes that make it.

@@ -92,7 +92,8 @@ impl Counts {
 
     /// Differences that are still there, and keys nobody can speak for.
     pub fn remaining(&self) -> u64 {
-        self.different().saturating_sub(self.repaired) + self.unsettled
+        let open = self.different().saturating_sub(self.repaired);
+        open.max(self.refused + self.left) + self.unsettled
     }
 }
 

@@ -1,6 +1,6 @@
 //! One segment: both parts are scanned side by side, and what differs is handed on.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,7 +16,7 @@ use super::mend::{Fate, mend};
 use super::place::Place;
 use super::report::Counts;
 use super::settle::{Rest, Settler};
-use super::{Ended, InHand, Reconcile, key_of};
+use super::{Ended, InHand, Reconcile, VERIFY_ROUNDS, key_of};
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::BATCH_KEYS_MAX;
@@ -186,7 +186,11 @@ impl<'a> Segment<'a> {
         };
         match self.unverified.load(Ordering::Relaxed) {
             // If it cannot be written it ends by itself.
-            0 => drop(kept.release(|row| row.dirty = false).await),
+            // Keys that its last owner had in hand may be in its row yet: then it stays an alarm.
+            0 => drop(
+                kept.release(|row| row.dirty &= !row.mending.is_empty())
+                    .await,
+            ),
             _ => kept.leave().await,
         }
     }
@@ -223,27 +227,55 @@ impl<'a> Segment<'a> {
 
     /// Goes on where the row stands. What its last owner repaired when it died comes first.
     async fn go_on(&self) -> Result<Rest, Ended> {
-        let before = self.book.was_mending();
-        let mut rest = Rest::default();
-        if !before.is_empty() && self.job.repairs.is_some() {
-            let mended = mend(self, before).await;
-            for (key, fate) in mended.fates {
-                match fate {
-                    Fate::Unverified => {
-                        self.unverified(1);
-                        rest.unverified.push(key);
+        self.mend_inherited().await?;
+        self.run().await
+    }
+
+    /// As [`mend_inherited`](Self::mend_inherited), of a segment that was taken only to be ended.
+    pub(super) async fn mend_inherited_of(&self, rest: &Rest) -> Result<(), Ended> {
+        // What this process has in hand itself it knows, and verifies in its own time.
+        match rest.unverified.is_empty() {
+            true => self.mend_inherited().await,
+            false => Ok(()),
+        }
+    }
+
+    /// Repairs what somebody had in hand when the row was taken, until all of it is verified.
+    pub(super) async fn mend_inherited(&self) -> Result<(), Ended> {
+        let Some(repairs) = &self.job.repairs else {
+            return Ok(());
+        };
+        let mut open: BTreeSet<ItemKey> = self.book.was_mending().into_iter().collect();
+        for round in 0..=VERIFY_ROUNDS {
+            if open.is_empty() {
+                return Ok(());
+            }
+            if round > 0 {
+                tokio::select! {
+                    () = tokio::time::sleep(repairs.late_effect) => {}
+                    () = self.job.stop.cancelled() => {
+                        self.unverified(open.len());
+                        return Err(Ended::Stopped);
                     }
-                    _ => self.book.mended(&key),
+                }
+            }
+            let mended = mend(self, open.iter().cloned().collect()).await;
+            for (key, fate) in mended.fates {
+                if fate != Fate::Unverified {
+                    self.book.mended(&key);
+                    open.remove(&key);
                 }
             }
             if let Some(ended) = mended.ended {
+                self.unverified(open.len());
                 return Err(ended);
             }
         }
-        let more = self.run().await?;
-        rest.unverified.extend(more.unverified);
-        rest.extra = more.extra;
-        Ok(rest)
+        self.unverified(open.len());
+        match open.is_empty() {
+            true => Ok(()),
+            false => Err(Ended::Unverified),
+        }
     }
 
     /// Reads it to its end, and settles what differs. Returns what is left to do then.
@@ -319,6 +351,9 @@ impl<'a> Segment<'a> {
                 self.meet(&mut scan.join, origin, entries, suspects).await?;
             }
             self.look_up(&mut scan, suspects).await?;
+            if self.kept.as_ref().is_some_and(Kept::is_lost) {
+                return Err(Ended::Lost);
+            }
             if self.kept.is_none() {
                 // Nobody stores it: what is settled is forgotten here.
                 self.book.ledger().cut();

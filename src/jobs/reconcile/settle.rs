@@ -7,7 +7,6 @@ use futures::future::try_join_all;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 
-use super::Ended;
 use super::join::Side;
 use super::judge::{Flow, Held, Kind, Suspicion, Verdict};
 use super::mend::{Fate, mend};
@@ -15,6 +14,7 @@ use super::report::{Counts, Line};
 use super::segment::{Segment, Suspect};
 use super::spill::Spill;
 use super::strategy::Deed;
+use super::{Ended, LOT_BYTES_MAX};
 use crate::dynamo::clock::host_ms;
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
@@ -33,8 +33,6 @@ const PATIENT_SETTLES: u32 = 12;
 const PATIENT_FLOWS: u32 = 3;
 /// Keys remembered as judged; with more, they are forgotten and may be reported twice.
 const JUDGED_MAX: usize = 100_000;
-/// Bytes of the keys that are repaired together: they stand in the row meanwhile.
-const LOT_BYTES_MAX: usize = 24 << 10;
 /// Keys gathered before they are repaired.
 const MENDED_MAX: usize = 500;
 
