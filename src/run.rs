@@ -324,12 +324,15 @@ async fn stuck(health: &Health, table: &str, stop: &CancellationToken) -> &'stat
 async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapshot>>) {
     let snapshots = Arc::new(snapshots);
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let tables = shared.config.tables.iter().map(|table| table.name.clone());
+    let tables: Vec<String> = tables.collect();
     loop {
         let mut task = JoinSet::new();
         task.spawn(watch_rows(
             shared.state.clone(),
             shared.owner.clone(),
             shared.config.leases.duration,
+            tables.clone(),
             Arc::clone(&snapshots),
             Arc::clone(&shared.rescan),
             Arc::clone(&shared.health),

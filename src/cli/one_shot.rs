@@ -13,7 +13,7 @@ use crate::dynamo::RegionClients;
 use crate::dynamo::clock::rfc3339;
 use crate::error::{Failure, Fault};
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::{JobRow, Row, comparisons};
+use crate::lease::row::{JobRow, Row, comparison_rows, comparisons};
 use crate::lease::rules::{Observer, take_name};
 use crate::lease::table::StateTable;
 use crate::run::start::unusable;
@@ -106,14 +106,7 @@ impl Flow<'_> {
 
     /// A job that writes to the tables that are read from.
     fn repaired_the_other_way(&self, rows: Vec<Row>) -> Option<String> {
-        let (mut plans, mut segments) = (Vec::new(), Vec::new());
-        for row in rows {
-            match row {
-                Row::Reconcile(row) => plans.push(row),
-                Row::Segment(row) => segments.push(row),
-                _ => {}
-            }
-        }
+        let (plans, segments) = comparison_rows(rows);
         let now_ms = self.region.clock.now_ms();
         let jobs = comparisons(&plans, &segments);
         let other = jobs.iter().find(|job| {

@@ -260,8 +260,8 @@ impl Ground<'_> {
             flow.refuse_closed().await?;
             self.refuse_another(std::slice::from_ref(pair)).await?;
         }
-        let desk = self.desk(pair, stored).await?;
         let stop = stop.child_token();
+        let desk = self.desk(pair, stored, &stop).await?;
         let job = self.job(pair, desk, lines, &stop);
         let done = CancellationToken::new();
         let moved = Mutex::new(None);

@@ -197,7 +197,8 @@ impl Found {
                 let gap = GapRow::new(epoch, &job.plan.table, reason, &job.plan.job, at);
                 found.gaps.push(gap);
             }
-            if job.plan.ended.is_none() {
+            // An audit has its own line, and nobody goes on with it by hand.
+            if job.plan.ended.is_none() && job.plan.audit_pass().is_none() {
                 found.jobs.push(Job::of(&job, now_ms));
             }
         }

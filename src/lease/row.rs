@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
 pub use job::JobRow;
-pub use reconcile::{Mark, Progress, ReconcileRow, SegmentRow, audited, comparisons};
+pub use reconcile::{
+    Mark, Progress, ReconcileRow, SegmentRow, audited, comparison_rows, comparisons,
+};
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;

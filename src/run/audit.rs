@@ -26,7 +26,7 @@ use crate::jobs::reconcile::report::Counts;
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::jobs::reconcile::{Ended, Found, Reconcile, segments_of};
 use crate::lease::hold::Terms;
-use crate::lease::row::{FORMAT_VERSION, ReconcileRow, Row, SegmentRow, comparisons};
+use crate::lease::row::{FORMAT_VERSION, ReconcileRow, comparison_rows, comparisons};
 use crate::lease::table::Written;
 use crate::repair::Unfinished;
 
@@ -65,14 +65,17 @@ pub async fn audit(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
 /// Takes part in the pass under way, or begins one if it is time.
 async fn pass(shared: &Shared, table: &Table, stop: &CancellationToken) -> Result<(), String> {
     let said = |fault: Fault| fault.to_string();
+    // One table at a time in each worker: neither memory nor read units nor looks at the state table grow
+    // with the tables.
+    let turn = tokio::select! {
+        turn = shared.audits.acquire() => turn,
+        () = stop.cancelled() => return Ok(()),
+    };
+    let Ok(_turn) = turn else { return Ok(()) };
     let Some(plan) = plan(shared, table).await.map_err(said)? else {
         return Ok(());
     };
     let job = job(shared, table, plan.clone(), stop).await?;
-    // One table at a time in each worker: neither memory nor read units grow with the tables.
-    let Ok(_turn) = shared.audits.acquire().await else {
-        return Ok(());
-    };
     match job.run().await {
         Ok(counts) => {
             tell(table, &plan, &counts);
@@ -108,16 +111,9 @@ fn tell(table: &Table, plan: &ReconcileRow, counts: &Counts) {
 
 /// The pass under way; a new one, if the last one began long enough ago. `None`: not yet.
 async fn plan(shared: &Shared, table: &Table) -> Result<Option<ReconcileRow>, Fault> {
-    let (mut plans, mut segments): (Vec<ReconcileRow>, Vec<SegmentRow>) = Default::default();
-    for row in shared.state.rows().await? {
-        match row {
-            Row::Reconcile(row) if row.table == table.name && row.audit_pass().is_some() => {
-                plans.push(row);
-            }
-            Row::Segment(row) if row.table == table.name => segments.push(row),
-            _ => {}
-        }
-    }
+    let (mut plans, mut segments) = comparison_rows(shared.state.rows().await?);
+    plans.retain(|row| row.table == table.name && row.audit_pass().is_some());
+    segments.retain(|row| row.table == table.name);
     let current = |plan: &&ReconcileRow| plan.epoch == shared.epoch;
     let last = plans
         .iter()
@@ -261,6 +257,7 @@ async fn job(
             terms: terms(shared),
             me: shared.owner.clone(),
             one_at_a_time: true,
+            stop: stop.clone(),
         })),
         at_once: 1,
         wait: config.leases.duration,

@@ -1,6 +1,6 @@
 //! One reader of the state table for the whole worker: everybody else looks at its snapshots.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,7 @@ pub async fn watch_rows(
     state: StateTable,
     me: String,
     duration: Duration,
+    tables: Vec<String>,
     snapshots: Arc<watch::Sender<Arc<Snapshot>>>,
     rescan: Arc<Notify>,
     health: Arc<Health>,
@@ -87,7 +88,7 @@ pub async fn watch_rows(
             Ok(rows) => {
                 health.succeeded(Scope::State, "", "rows");
                 let rows_read = rows.len();
-                let mut snapshot = digest(rows, &mut observers, duration, &health);
+                let mut snapshot = digest(rows, &mut observers, duration, &tables, &health);
                 snapshot.begun = Some(begun);
                 snapshot.begun_uptime = Some(begun_uptime);
                 health.rows_read(begun);
@@ -165,6 +166,7 @@ fn digest(
     rows: Vec<Row>,
     observers: &mut Observers,
     duration: Duration,
+    tables: &[String],
     health: &Health,
 ) -> Snapshot {
     let mut snapshot = Snapshot {
@@ -199,7 +201,6 @@ fn digest(
         let (table, key) = (&job.plan.table, &job.plan.lease_key);
         (table.as_str(), GapReason::ReconcileUnfinished, key.as_str())
     });
-    let tables: BTreeSet<&str> = plans.iter().map(|plan| plan.table.as_str()).collect();
     let mut drift = Vec::new();
     for table in tables {
         let Some((verified_ms, different)) = audited(&jobs, epoch, table) else {
@@ -208,7 +209,7 @@ fn digest(
         let verified = verified_ms.map(|ms| (now_ms - ms).max(0) as f64 / 1_000.0);
         metrics::audited(table, verified, different);
         if different > 0 {
-            drift.push((table, GapReason::Drift, table));
+            drift.push((table.as_str(), GapReason::Drift, table.as_str()));
         }
     }
     health.set_gaps(stored.chain(unfinished).chain(drift));
@@ -310,13 +311,13 @@ mod tests {
         let mut observers = Observers::default();
         let rows = || vec![Row::Worker(worker(1))];
         let tiny = Duration::from_millis(20);
-        let first = digest(rows(), &mut observers, LEASE, &health);
+        let first = digest(rows(), &mut observers, LEASE, &[], &health);
         assert!(first.living.contains("w"), "seen for the first time");
         std::thread::sleep(tiny);
-        let dead = digest(rows(), &mut observers, tiny, &health);
+        let dead = digest(rows(), &mut observers, tiny, &[], &health);
         assert!(dead.living.is_empty() && dead.long_dead.is_empty());
         std::thread::sleep(9 * tiny);
-        let long_dead = digest(rows(), &mut observers, tiny, &health);
+        let long_dead = digest(rows(), &mut observers, tiny, &[], &health);
         assert!(long_dead.long_dead.contains("w"));
     }
 }

@@ -104,6 +104,14 @@ pub fn item(id: usize, random: &mut StdRng) -> Item {
     ])
 }
 
+/// An item with nothing but its key and a number.
+pub fn plain(id: usize) -> Item {
+    BTreeMap::from([
+        ("id".to_owned(), s(format!("k{id}"))),
+        ("v".to_owned(), n(id)),
+    ])
+}
+
 /// The same item, spelled another way.
 pub fn respelled(item: &Item) -> Item {
     let mut item = item.clone();

@@ -14,7 +14,7 @@ use crate::jobs::reconcile::desk::{Desk, Shared, remove, stay};
 use crate::jobs::reconcile::report::Counts;
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::lease::row::{
-    Counted, FORMAT_VERSION, Progress, ReconcileRow, Row, SegmentRow, comparisons,
+    Counted, FORMAT_VERSION, Progress, ReconcileRow, Row, SegmentRow, comparison_rows, comparisons,
 };
 use crate::lease::table::{StateTable, Written};
 use crate::run::owner;
@@ -248,15 +248,7 @@ impl Ground<'_> {
     ) -> Result<(Vec<ReconcileRow>, Vec<SegmentRow>), Failure> {
         let failed = self.state_failed(state);
         let rows = state.rows().await.map_err(failed)?;
-        let (mut plans, mut segments) = (Vec::new(), Vec::new());
-        for row in rows {
-            match row {
-                Row::Reconcile(row) => plans.push(row),
-                Row::Segment(row) => segments.push(row),
-                _ => {}
-            }
-        }
-        Ok((plans, segments))
+        Ok(comparison_rows(rows))
     }
 
     /// One repair of a table at a time.
@@ -296,7 +288,12 @@ impl Ground<'_> {
     }
 
     /// Where the segments of a table are dealt out.
-    pub(super) async fn desk(&self, pair: &Pair<'_>, stored: bool) -> Result<Desk, Failure> {
+    pub(super) async fn desk(
+        &self,
+        pair: &Pair<'_>,
+        stored: bool,
+        stop: &CancellationToken,
+    ) -> Result<Desk, Failure> {
         if !stored {
             return Ok(Desk::Alone(AtomicU32::new(0)));
         }
@@ -318,6 +315,7 @@ impl Ground<'_> {
             terms: flow.terms(late_effect),
             me: owner(),
             one_at_a_time: false,
+            stop: stop.clone(),
         })))
     }
 

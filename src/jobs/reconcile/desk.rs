@@ -40,6 +40,8 @@ pub struct Shared {
     pub me: String,
     /// Whether one segment is read at a time, whoever reads it.
     pub one_at_a_time: bool,
+    /// Ends it.
+    pub stop: CancellationToken,
 }
 
 /// What there is to do for this process.
@@ -140,7 +142,10 @@ impl Shared {
                 }
                 Err(fault) => return Err(self.failed(fault)),
             }
-            tokio::time::sleep(backoff.pause()).await;
+            tokio::select! {
+                () = tokio::time::sleep(backoff.pause()) => {}
+                () = self.stop.cancelled() => return Err(Ended::Stopped),
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Counted, FORMAT_VERSION};
+use super::{Counted, FORMAT_VERSION, Row};
 use crate::jobs::reconcile::report::Counts;
 use crate::lease::hold::Holdable;
 
@@ -231,6 +231,21 @@ pub struct Progress<'a> {
     pub plan: &'a ReconcileRow,
     /// Its segments that were begun.
     pub segments: Vec<&'a SegmentRow>,
+}
+
+/// The rows of comparisons among all rows of the state table.
+pub fn comparison_rows(
+    rows: impl IntoIterator<Item = Row>,
+) -> (Vec<ReconcileRow>, Vec<SegmentRow>) {
+    let (mut plans, mut segments) = (Vec::new(), Vec::new());
+    for row in rows {
+        match row {
+            Row::Reconcile(row) => plans.push(row),
+            Row::Segment(row) => segments.push(row),
+            _ => {}
+        }
+    }
+    (plans, segments)
 }
 
 /// All comparisons of the state table.
