@@ -18,7 +18,7 @@ use aws_smithy_types::date_time::Format;
 use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer};
 
-pub use reconcile::{Audit, MaxDeletes, Reconcile};
+pub use reconcile::{Audit, MaxDeletes, OnGap, Reconcile};
 
 /// The value of `endpoint_url` that asks for a DynamoDB inside this process.
 pub const EMBEDDED: &str = "embedded";
@@ -94,6 +94,9 @@ pub struct Table {
     /// Where the first run starts reading. Later runs go on from their checkpoints.
     #[serde(default)]
     pub start: Start,
+    /// Whether the first run copies what the source already holds.
+    #[serde(default = "yes")]
+    pub bootstrap: bool,
     /// What happens to deletes made by TTL.
     #[serde(default)]
     pub ttl_deletes: TtlDeletes,
@@ -315,6 +318,10 @@ impl Config {
     pub fn has_embedded_region(&self) -> bool {
         self.regions.values().any(Region::is_embedded)
     }
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// Reads `"250ms"`, `"10s"`, `"6m"`: a number without a unit is refused.

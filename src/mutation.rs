@@ -74,3 +74,19 @@ pub async fn trouble(point: &str) {
 /// Makes the task that passes here die or hang: never.
 #[cfg(not(feature = "failpoints"))]
 pub async fn trouble(_point: &str) {}
+
+/// Kills this process here when a test asks for it: `FARSHORE_TEST_CRASH` names the step.
+#[cfg(feature = "failpoints")]
+pub fn crash(step: &str) {
+    static CHOSEN: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    let chosen = CHOSEN.get_or_init(|| std::env::var("FARSHORE_TEST_CRASH").ok());
+    if chosen.as_deref() == Some(step) {
+        // A process can always signal itself, and this signal ends it.
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
+
+/// Kills this process here: never.
+#[cfg(not(feature = "failpoints"))]
+pub const fn crash(_step: &str) {}

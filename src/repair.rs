@@ -25,6 +25,9 @@
 //! or is continued long after, leaves the older value behind. The next one begins only when no
 //! write of this one can take effect any more.
 //!
+//! *Why one more change is enough beside a worker*: seen after the last write was answered, its record
+//! is applied later than that write. So a key that changes all the time is repaired, too.
+//!
 //! *When it is right*: while data flows in one direction only, and records made after the last read
 //! of the source will still be applied. Who calls it checks both.
 //!
@@ -93,13 +96,25 @@ pub enum Step<V> {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct KeyRepair<V> {
     state: State<V>,
+    /// Somebody applies what the source changes from now on.
+    flows: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum State<V> {
-    Source { written: Option<V> },
-    Replica { source: V },
-    Write { source: V },
+    Source {
+        written: Option<V>,
+    },
+    /// The source held this after the last write, and that is not what was written.
+    Again {
+        seen: V,
+    },
+    Replica {
+        source: V,
+    },
+    Write {
+        source: V,
+    },
     Clean,
 }
 
@@ -107,15 +122,33 @@ impl<V> Default for KeyRepair<V> {
     fn default() -> Self {
         Self {
             state: State::Source { written: None },
+            flows: false,
         }
     }
 }
 
 impl<V: PartialEq + Clone> KeyRepair<V> {
+    /// The source held `source` when somebody read it, however long ago: it is written at once, and
+    /// verified as any other. The first read decides nothing, so it need not be consistent.
+    pub fn of_read(source: V) -> Self {
+        Self {
+            state: State::Write { source },
+            flows: false,
+        }
+    }
+
+    /// Somebody applies what the source changes from now on. Then a change seen after the last write was
+    /// answered is enough: its record comes later than that write, and brings what is right. Without this
+    /// a key that changes all the time could never be repaired.
+    #[must_use]
+    pub fn beside_flow(self, flows: bool) -> Self {
+        Self { flows, ..self }
+    }
+
     /// What to do next.
     pub fn step(&self) -> Step<V> {
         match &self.state {
-            State::Source { .. } => Step::ReadSource,
+            State::Source { .. } | State::Again { .. } => Step::ReadSource,
             State::Replica { .. } => Step::ReadReplica,
             State::Write { source } => Step::Write(source.clone()),
             State::Clean => Step::Clean,
@@ -124,12 +157,13 @@ impl<V: PartialEq + Clone> KeyRepair<V> {
 
     /// The source holds this.
     pub fn source(&mut self, source: V) {
-        if let State::Source { written } = &self.state {
-            self.state = match written.as_ref() == Some(&source) {
-                true => State::Clean,
-                false => State::Replica { source },
-            };
-        }
+        self.state = match &self.state {
+            State::Source { written } if written.as_ref() == Some(&source) => State::Clean,
+            State::Source { written: Some(_) } if self.flows => State::Again { seen: source },
+            State::Again { seen } if *seen != source => State::Clean,
+            State::Source { .. } | State::Again { .. } => State::Replica { source },
+            _ => return,
+        };
     }
 
     /// The replica holds this.
@@ -205,6 +239,8 @@ pub struct Repairer<'a> {
     pub stop: &'a CancellationToken,
     /// Items that stay although the source lacks them.
     pub keep_expired: Option<KeepExpired>,
+    /// Whether a worker applies what the source changes from now on.
+    pub flows: bool,
     /// Set once a write took effect, or may have: a repair that is left then has to be made again.
     pub wrote: Option<&'a AtomicBool>,
 }
@@ -261,10 +297,23 @@ impl Repairer<'_> {
         &self,
         keys: impl IntoIterator<Item = Item>,
     ) -> Result<Repaired, Unfinished> {
+        self.repair_read(keys.into_iter().map(|keys| (keys, None)))
+            .await
+    }
+
+    /// As [`repair`](Self::repair), of keys whose item in the source was read before, where it is given:
+    /// one read of the source a key, and none of the replica, where nothing has changed since.
+    ///
+    /// # Errors
+    /// As [`repair`](Self::repair).
+    pub async fn repair_read(
+        &self,
+        keys: impl IntoIterator<Item = (Item, Option<Arc<Item>>)>,
+    ) -> Result<Repaired, Unfinished> {
         let mut repaired = Repaired::default();
         let mut keys = keys.into_iter();
         loop {
-            let batch: Vec<Item> = keys.by_ref().take(BATCH_OPS_MAX).collect();
+            let batch: Vec<_> = keys.by_ref().take(BATCH_OPS_MAX).collect();
             if batch.is_empty() {
                 return Ok(repaired);
             }
@@ -274,15 +323,19 @@ impl Repairer<'_> {
 
     async fn repair_batch(
         &self,
-        batch: Vec<Item>,
+        batch: Vec<(Item, Option<Arc<Item>>)>,
         repaired: &mut Repaired,
     ) -> Result<(), Unfinished> {
         let mut open: Vec<Key> = batch
             .into_iter()
-            .map(|keys| Key {
+            .map(|(keys, read)| Key {
                 id: ItemKey::new(&keys),
                 keys,
-                repair: KeyRepair::default(),
+                repair: read
+                    .map_or_else(KeyRepair::default, |item| {
+                        KeyRepair::of_read(Held(Some(item)))
+                    })
+                    .beside_flow(self.flows),
                 held: None,
             })
             .collect();
@@ -306,8 +359,12 @@ impl Repairer<'_> {
     async fn read_source(&self, open: &mut [Key], first: bool) -> Result<(), Unfinished> {
         // What was written is verified before a stop is heard: an older value may lie there now.
         let heard = first.then_some(self.stop);
+        let wanted: Vec<&Key> = open
+            .iter()
+            .filter(|key| key.repair.step() == Step::ReadSource)
+            .collect();
         let found = self
-            .read(Operation::ReadSource, self.source, open, heard)
+            .read(Operation::ReadSource, self.source, &wanted, heard)
             .await?;
         for key in open {
             key.repair.source(Held(found.get(&key.id).cloned()));
@@ -316,10 +373,22 @@ impl Repairer<'_> {
     }
 
     async fn read_replica(&self, open: &mut [Key]) -> Result<(), Unfinished> {
+        let wanted: Vec<&Key> = open
+            .iter()
+            .filter(|key| key.repair.step() == Step::ReadReplica)
+            .collect();
         let found = self
-            .read(Operation::ReadReplica, self.replica, open, Some(self.stop))
+            .read(
+                Operation::ReadReplica,
+                self.replica,
+                &wanted,
+                Some(self.stop),
+            )
             .await?;
         for key in open {
+            if key.repair.step() != Step::ReadReplica {
+                continue;
+            }
             let held = found.get(&key.id).cloned();
             let gone = matches!(&key.repair.state, State::Replica { source } if source.0.is_none());
             if let (true, Some(keep), Some(item)) = (gone, &self.keep_expired, &held)
@@ -416,7 +485,7 @@ impl Repairer<'_> {
         &self,
         operation: Operation,
         table: (&Client, &str),
-        open: &[Key],
+        open: &[&Key],
         stop: Option<&CancellationToken>,
     ) -> Result<HashMap<ItemKey, Arc<Item>>, Unfinished> {
         let mut found = HashMap::with_capacity(open.len());

@@ -14,6 +14,7 @@ pub mod doubts;
 pub mod fleet;
 pub mod gone;
 pub mod halt;
+pub mod job;
 pub mod letter;
 pub mod letters;
 pub mod lookout;
@@ -26,6 +27,7 @@ pub mod stream;
 pub mod table;
 pub mod tap;
 pub mod vital;
+pub mod whole;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -202,6 +204,11 @@ async fn feed_until(
             table.clone(),
             stop.clone(),
         ));
+        repairs.spawn(keep_mending(
+            Arc::clone(&shared),
+            table.clone(),
+            stop.clone(),
+        ));
         repairs.spawn(keep_auditing(
             Arc::clone(&shared),
             table.clone(),
@@ -325,14 +332,18 @@ async fn keep_watching(shared: Arc<Shared>, snapshots: watch::Sender<Arc<Snapsho
     let snapshots = Arc::new(snapshots);
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let tables = shared.config.tables.iter().map(|table| table.name.clone());
-    let tables: Vec<String> = tables.collect();
+    let terms = rows::Terms {
+        lease: shared.config.leases.duration,
+        late_effect: shared.config.leases.late_effect,
+        epoch: shared.epoch,
+        tables: tables.collect(),
+    };
     loop {
         let mut task = JoinSet::new();
         task.spawn(watch_rows(
             shared.state.clone(),
             shared.owner.clone(),
-            shared.config.leases.duration,
-            tables.clone(),
+            terms.clone(),
             Arc::clone(&snapshots),
             Arc::clone(&shared.rescan),
             Arc::clone(&shared.health),
@@ -363,6 +374,28 @@ async fn keep_repairing(shared: Arc<Shared>, table: Table, stop: CancellationTok
         tracing::error!(
             table = table.name,
             "the repair of doubts ended by itself; it starts over"
+        );
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// Keeps a table whole, as [`keep_repairing`] does.
+async fn keep_mending(shared: Arc<Shared>, table: Table, stop: CancellationToken) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let mut task = JoinSet::new();
+        task.spawn(whole::keep_whole(
+            Arc::clone(&shared),
+            table.clone(),
+            stop.clone(),
+        ));
+        task.join_next().await;
+        if stop.is_cancelled() {
+            return;
+        }
+        tracing::error!(
+            table = table.name,
+            "the copy or repair of a table ended by itself; it starts over"
         );
         tokio::time::sleep(backoff.pause()).await;
     }

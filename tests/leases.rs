@@ -202,7 +202,7 @@ async fn a_replica_with_another_key_is_an_outage_and_no_poison() {
 async fn a_start_not_read_for_a_day_is_a_gap() {
     let stand = two_gateways().await;
     let table = stand.table("orders");
-    let (config, worker) = suite::replicated(&stand, &table, "").await;
+    let (config, worker) = suite::replicated(&stand, &table, suite::whole::SHOWN_ONLY).await;
     assert!(worker.stop().await.success());
     let rows = state_rows(&stand.target, &stand.state_table()).await;
     let mut row = rows

@@ -413,7 +413,7 @@ async fn rows_of_forgotten_shards_disappear() {
 async fn an_expired_iterator_of_a_vanished_shard_is_not_tried_for_ever() {
     let stand = stand(Options::new(common::seed())).await;
     let table = stand.table("orders");
-    let (_config, worker) = suite::replicated(&stand, &table, "").await;
+    let (_config, worker) = suite::replicated(&stand, &table, suite::whole::SHOWN_ONLY).await;
     put(&stand.source, &table, "a", 1).await;
     stand.converge(&table, 1).await;
     let unreadable = stand.gateways[0].inject(Fault::unavailable().on("GetRecords"));
@@ -443,7 +443,7 @@ async fn an_expired_iterator_of_a_vanished_shard_is_not_tried_for_ever() {
 async fn a_shard_that_vanishes_while_it_waits_is_a_gap_at_once() {
     let stand = stand(Options::new(common::seed())).await;
     let table = stand.table("orders");
-    let (_config, worker) = suite::replicated(&stand, &table, "").await;
+    let (_config, worker) = suite::replicated(&stand, &table, suite::whole::SHOWN_ONLY).await;
     put(&stand.source, &table, "a", 1).await;
     stand.converge(&table, 1).await;
     // The parent is read to its end and cannot be applied, so its child waits.
@@ -545,7 +545,7 @@ async fn an_old_stream_is_finished_before_the_new_one_is_read() {
 async fn a_forgotten_old_stream_ends_with_a_gap_and_lets_the_new_one_go() {
     let stand = stand(Options::new(common::seed())).await;
     let table = stand.table("orders");
-    let (config, worker) = suite::replicated(&stand, &table, "").await;
+    let (config, worker) = suite::replicated(&stand, &table, suite::whole::SHOWN_ONLY).await;
     put(&stand.source, &table, "a", 1).await;
     stand.converge(&table, 1).await;
     assert!(worker.stop().await.success());

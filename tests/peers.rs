@@ -29,6 +29,7 @@ promises! {
     two_tables_replicate_at_once => suite::two_tables_at_once;
     latest_is_resolved_once => suite::latest_is_resolved_once;
     never_copied_is_never_green => suite::never_copied_is_never_green;
+    what_a_table_holds_is_copied => suite::whole::what_a_table_holds_is_copied;
     the_active_region_stands_by => suite::the_active_region_stands_by;
     poison_is_isolated => suite::faults::poison_is_isolated;
     a_queue_that_refuses_holds_the_checkpoint => suite::faults::a_queue_that_refuses_holds_the_checkpoint;

@@ -6,11 +6,12 @@ mod suite;
 
 use std::time::Duration;
 
-use aws_sdk_dynamodb::types::{StreamSpecification, StreamViewType, TimeToLiveSpecification};
+use aws_sdk_dynamodb::types::{StreamViewType, TimeToLiveSpecification};
 use common::binary::{Worker, provision, run, stdout};
 use common::eventually;
 use common::stand::{Stand, delete, n, put, s};
 use farshore::embedded::gateway::{Fault, Limit, Options};
+use suite::whole::set_stream;
 
 async fn gap(worker: &Worker, code: &str) {
     let red = async || {
@@ -27,7 +28,7 @@ async fn gap(worker: &Worker, code: &str) {
 async fn a_position_that_was_trimmed_is_a_gap_and_reading_goes_on() {
     let stand = Stand::gateways(Options::new(common::seed()), Options::new(1)).await;
     let table = stand.table("orders");
-    let (config, worker) = suite::replicated(&stand, &table, "").await;
+    let (config, worker) = suite::replicated(&stand, &table, suite::whole::SHOWN_ONLY).await;
     put(&stand.source, &table, "a", 1).await;
     stand.converge(&table, 1).await;
     assert!(worker.stop().await.success());
@@ -53,7 +54,7 @@ async fn a_position_that_was_trimmed_is_a_gap_and_reading_goes_on() {
 async fn a_stream_made_anew_is_a_gap_and_is_read_from_its_beginning() {
     let stand = Stand::gateways(Options::new(common::seed()).shards(2), Options::new(1)).await;
     let table = stand.table("orders");
-    let (_config, worker) = suite::replicated(&stand, &table, "").await;
+    let (_config, worker) = suite::replicated(&stand, &table, suite::whole::SHOWN_ONLY).await;
     put(&stand.source, &table, "a", 1).await;
     stand.converge(&table, 1).await;
     set_stream(&stand, &table, None).await;
@@ -124,22 +125,6 @@ async fn a_table_made_anew_stops_and_asks() {
     };
     eventually("it goes on", Duration::from_secs(20), followed).await;
     assert!(worker.stop().await.success());
-}
-
-async fn set_stream(stand: &Stand, table: &str, view: Option<StreamViewType>) {
-    let specification = StreamSpecification::builder()
-        .stream_enabled(view.is_some())
-        .set_stream_view_type(view)
-        .build()
-        .unwrap();
-    stand
-        .source
-        .update_table()
-        .table_name(table)
-        .stream_specification(specification)
-        .send()
-        .await
-        .unwrap();
 }
 
 /// Deletes by TTL are applied, or left out where the table says so.

@@ -325,14 +325,15 @@ impl Ground<'_> {
             let budget = Arc::new(Budget::new(units));
             let (client, name) = (&self.target.tables, table.name_in(&self.target.label));
             Repairs {
-                writer: Writer::new(
+                writer: Arc::new(Writer::new(
                     client.clone(),
                     name,
                     &table.name,
                     Arc::clone(&budget),
                     config.dead_letters.max_attempts,
                     pair.key.clone(),
-                ),
+                )),
+                heard_by: None,
                 conditional: Conditional::new(client.clone(), name, key_names.clone(), budget),
                 max_deletes: self
                     .asked
@@ -357,6 +358,7 @@ impl Ground<'_> {
             at_once: SEGMENTS_AT_ONCE,
             wait: WAIT_FOR_OTHERS,
             strategy: self.asked.strategy.clone(),
+            eager: false,
             memory: usize::try_from(config.reconcile.memory.as_u64()).unwrap_or(usize::MAX),
             settle: self.args.settle.unwrap_or(config.reconcile.settle),
             flow: flow.map(|state| {

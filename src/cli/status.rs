@@ -12,8 +12,8 @@ use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Exit, Failure};
 use crate::lease::orphans::readable;
 use crate::lease::row::{
-    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, Progress, Row, ShardRow, WorkerRow, audited,
-    comparisons,
+    ControlRow, DoubtRow, GapReason, GapRow, JobKind, PauseRow, Progress, Row, ShardRow, WorkerRow,
+    audited, comparisons,
 };
 use crate::lease::rules::worker_of;
 use crate::lease::table::StateTable;
@@ -61,6 +61,7 @@ struct Doubts {
 /// A comparison under way, or left.
 #[derive(Debug, Clone, PartialEq)]
 struct Job {
+    kind: JobKind,
     id: String,
     table: String,
     source: String,
@@ -76,6 +77,10 @@ struct Job {
     different: u64,
     /// Whether somebody is at it.
     alive: bool,
+    /// Its own work is done.
+    ended: bool,
+    /// So many items of the replica are not in the source, and so many may be deleted.
+    outstanding: Option<(u64, u64)>,
 }
 
 impl Job {
@@ -83,21 +88,21 @@ impl Job {
         let plan = job.plan;
         let at_work = job.segments.iter().filter(|row| row.until >= now_ms);
         let owners = at_work.filter_map(|row| row.lease_owner.as_deref().map(worker_of));
-        let part = job.part();
         let alive = job.is_alive(now_ms);
-        let took_s = (now_ms - plan.at_ms).max(0) as f64 / 1_000.0;
-        let left_s = took_s / part.max(0.001) * (1.0 - part);
         Self {
+            kind: plan.kind(),
             id: plan.job.clone(),
             table: plan.table.clone(),
             source: plan.source.clone(),
             target: plan.target.clone(),
             applies: plan.apply,
-            percent: (part * 100.0) as u32,
-            left_s: (alive && part >= 0.01).then_some(left_s as u64),
+            percent: (job.part() * 100.0) as u32,
+            left_s: job.left_s(now_ms).filter(|_| alive),
             processes: owners.collect::<BTreeSet<_>>().len(),
             different: job.counts().different(),
             alive,
+            ended: plan.ended.is_some(),
+            outstanding: plan.too_many_deletes,
         }
     }
 }
@@ -191,14 +196,22 @@ impl Found {
             }
         }
         for job in jobs {
-            if job.is_unfinished(epoch, now_ms) {
+            let kind = job.plan.kind();
+            // What the worker began it goes on with.
+            if !kind.is_the_workers() && job.is_unfinished(epoch, now_ms) {
                 let (epoch, at) = (job.plan.epoch, job.plan.at.clone());
                 let reason = GapReason::ReconcileUnfinished;
                 let gap = GapRow::new(epoch, &job.plan.table, reason, &job.plan.job, at);
                 found.gaps.push(gap);
             }
             // An audit has its own line, and nobody goes on with it by hand.
-            if job.plan.ended.is_none() && job.plan.audit_pass().is_none() {
+            let is_shown = match kind {
+                JobKind::Audit(_) => false,
+                JobKind::Asked => job.plan.ended.is_none(),
+                // Until the stream has passed its end, or a person has said what is to be deleted.
+                JobKind::Bootstrap | JobKind::GapRepair(_) => job.plan.epoch == epoch,
+            };
+            if is_shown {
                 found.jobs.push(Job::of(&job, now_ms));
             }
         }
@@ -221,7 +234,9 @@ impl Found {
             .control
             .as_ref()
             .is_none_or(|control| control.active != loaded.here);
+        let is_the_workers = |job: &Job| job.kind.is_the_workers();
         !self.gaps.is_empty()
+            || self.jobs.iter().any(is_the_workers)
             || !self.pauses.is_empty()
             || self.doubts_by_table().values().any(|d| d.overdue > 0)
             || self.orphans(silent_after_ms).next().is_some()

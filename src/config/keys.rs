@@ -104,6 +104,12 @@ pub const KEYS: &[Key] = &[
         "Where the first run starts. The oldest record: a copy that starts too early is right, one that starts too late is not.",
     ),
     key(
+        "tables[].bootstrap",
+        "boolean",
+        "true",
+        "Whether the first run copies what the source table already holds. Otherwise, where it holds anything, a gap `never-copied` stays open until a `reconcile --apply` closes it.",
+    ),
+    key(
         "tables[].ttl_deletes",
         "\"replicate\" \\| \"skip\"",
         "\"replicate\"",
@@ -233,7 +239,7 @@ pub const KEYS: &[Key] = &[
         "reconcile.read_units_per_second",
         "number",
         "500",
-        "Read units per second that `reconcile` spends on each side; 0 means no limit. A sixth of what one partition gives: the application keeps the rest.",
+        "Read units per second that `reconcile`, the first copy of a table and the repair of gaps spend on each side, the whole fleet together; 0 means no limit. A sixth of what one partition gives: the application keeps the rest.",
     ),
     key(
         "reconcile.segments",
@@ -258,6 +264,12 @@ pub const KEYS: &[Key] = &[
         "number or part",
         "\"1%\"",
         "More items that only the target has are not deleted: the job ends before the first. A part is one of the target's items, and at least 10.",
+    ),
+    key(
+        "reconcile.on_gap",
+        "\"repair\" \\| \"report\" \\| \"off\"",
+        "\"repair\"",
+        "What the worker does about a gap: compares the table and makes it as the source is, says how many items differ, or nothing. A gap shows in any case. Repaired: nobody is awake to do it.",
     ),
     key(
         "audit.read_units_per_second",

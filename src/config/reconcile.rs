@@ -25,6 +25,8 @@ pub struct Reconcile {
     pub settle: Duration,
     /// How many items of the target may be deleted.
     pub max_deletes: MaxDeletes,
+    /// What the worker does about gaps.
+    pub on_gap: OnGap,
 }
 
 impl Default for Reconcile {
@@ -38,8 +40,22 @@ impl Default for Reconcile {
             // Some seconds more than a healthy worker is behind.
             settle: Duration::from_secs(5),
             max_deletes: MaxDeletes::Percent(1.0),
+            on_gap: OnGap::Repair,
         }
     }
+}
+
+/// What the worker does about a gap. It shows it in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnGap {
+    /// It compares the table and makes it as the source is.
+    #[default]
+    Repair,
+    /// It compares the table and says how many items differ.
+    Report,
+    /// Nothing.
+    Off,
 }
 
 /// Comparing tables all the time.

@@ -47,6 +47,10 @@ pub struct DeadLetter {
     pub stream_arn: String,
     /// The shard.
     pub shard_id: String,
+    /// What refused it found it for, where that is no record of the stream: `doubt`, `bootstrap` or
+    /// `gap-repair`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// Position in the shard; absent where the record had none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sequence_number: Option<String>,

@@ -22,6 +22,7 @@ pub(in crate::dead_letter) fn letter(text: &str) -> DeadLetter {
         },
         stream_arn: "arn".into(),
         shard_id: "s".into(),
+        origin: None,
         sequence_number: Some("1".into()),
         event: Some("INSERT".into()),
         keys: Some(json!({"id": {"S": "k"}})),
@@ -146,6 +147,7 @@ fn the_schema_names_every_field() {
     let schema: Value = serde_json::from_str(schema).unwrap();
     let mut full = letter("x");
     full.redriven = 1;
+    full.origin = Some("doubt".to_owned());
     full.omitted = vec!["oldImage".to_owned()];
     full.compressed.insert("newImage".to_owned(), String::new());
     let full = serde_json::to_value(&full).unwrap();

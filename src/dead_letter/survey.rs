@@ -92,7 +92,10 @@ impl Survey {
         let event = letter.event.clone();
         let kind = Kind {
             table: letter.table.clone(),
-            event: event.unwrap_or_else(|| "UNKNOWN".to_owned()),
+            event: match &letter.origin {
+                Some(origin) => format!("{} ({origin})", event.as_deref().unwrap_or("UNKNOWN")),
+                None => event.unwrap_or_else(|| "UNKNOWN".to_owned()),
+            },
             code: letter.error.code.clone(),
             class: letter.error.class.clone(),
         };

@@ -528,6 +528,7 @@ impl<'a> Redrive<'a> {
             bound: Arc::clone(bound) as _,
             stop: self.stop,
             keep_expired: self.keep_expired.get(table).cloned(),
+            flows: false,
             wrote: None,
         };
         // Several letters of one item are one repair.

@@ -22,6 +22,7 @@ pub(super) fn letter() -> DeadLetter {
         target: place("west"),
         stream_arn: String::new(),
         shard_id: String::new(),
+        origin: None,
         sequence_number: None,
         event: None,
         keys: Some(json!({ "id": { "S": "k" } })),

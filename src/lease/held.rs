@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio_util::sync::CancellationToken;
 
 use super::row::{SHARD_END, ShardRow};
@@ -42,6 +42,10 @@ pub struct Lease {
     progress: StdMutex<Progress>,
     /// Cancelled when somebody else has the lease.
     lost: CancellationToken,
+    /// Whether a page of the shard has come.
+    read: AtomicBool,
+    /// Asks for a renewal now.
+    renew_now: Notify,
     /// Whether a release was sent: a row without an owner is then ours to leave.
     releasing: AtomicBool,
     shard: ShardId,
@@ -80,6 +84,8 @@ impl Lease {
                 row: Mutex::new(row),
                 valid_until: StdMutex::new(sent + duration),
                 lost: CancellationToken::new(),
+                read: AtomicBool::new(false),
+                renew_now: Notify::new(),
                 releasing: AtomicBool::new(false),
             }))),
         }
@@ -104,6 +110,14 @@ impl Lease {
     /// is one: an idle shard's row tells as much as a busy one's.
     pub fn note(&self, progress: Progress) {
         *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+
+    /// A page of the shard has come. The first one is told at once: the fleet waits for it before it calls
+    /// the table followed.
+    pub fn note_read(&self) {
+        if !self.read.swap(true, Ordering::Relaxed) {
+            self.renew_now.notify_one();
+        }
     }
 
     /// Renews the lease, and says where the shard stands.
@@ -137,6 +151,15 @@ impl Lease {
         .await
     }
 
+    /// Says that the shard's position was lost, as the gap found at `found_ms` tells, and that it is read
+    /// anew. Only once everything read before is durable, or stored as a doubt.
+    ///
+    /// # Errors
+    /// As [`renew`](Self::renew).
+    pub async fn restart(&self, found_ms: i64) -> Result<(), Fault> {
+        self.update(|row| row.restart(found_ms)).await
+    }
+
     /// Gives the lease up: clears the owner and keeps the row, so that its counter only grows.
     /// Only for a shard with nothing in flight.
     ///
@@ -165,6 +188,9 @@ impl Lease {
             let progress = *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
             next.watermark = progress.watermark_ms.or(next.watermark);
             next.headroom = progress.headroom_s;
+            if self.read.load(Ordering::Relaxed) {
+                next.read_by = Some(self.owner.clone());
+            }
             change(&mut next);
             next.lease_counter = known.lease_counter + 1;
             next.updated_at = Some(host_ms());
@@ -221,6 +247,7 @@ impl Lease {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.lost.cancelled() => return,
+                () = self.renew_now.notified() => {}
                 () = tokio::time::sleep(pause) => {}
             }
             let sent = uptime();

@@ -3,11 +3,13 @@
 //! [`row`] is what is stored, [`rules`] are the pure rules of ownership, [`share`] those of sharing
 //! among workers, [`table`] reads and writes the state table, [`held`] is a lease this process owns,
 //! [`hold`] the right to a piece of work,
-//! [`doubts`] (pure) says what may still take effect, [`orphans`] (pure) which shards could be read,
+//! [`doubts`] (pure) says what may still take effect, [`gaps`] (pure) when a gap may be repaired,
+//! [`orphans`] (pure) which shards could be read,
 //! [`control`] which region is active.
 
 pub mod control;
 pub mod doubts;
+pub mod gaps;
 pub mod held;
 pub mod hold;
 pub mod orphans;

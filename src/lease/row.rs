@@ -2,6 +2,7 @@
 
 mod doubt;
 mod fleet;
+mod gap;
 mod job;
 mod reconcile;
 
@@ -9,9 +10,11 @@ use serde::{Deserialize, Serialize};
 
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
+pub use gap::{GapReason, GapRow};
 pub use job::JobRow;
 pub use reconcile::{
-    Mark, Progress, ReconcileRow, SegmentRow, audited, comparison_rows, comparisons,
+    Closes, HowFar, JobKind, Mark, Mending, Progress, ReconcileRow, SegmentRow, audited,
+    comparison_rows, comparisons,
 };
 
 use crate::stream::ShardId;
@@ -146,6 +149,14 @@ pub struct ShardRow {
     /// When the row was made, by the source's clock, in milliseconds since the epoch.
     #[serde(default)]
     pub created_at: i64,
+    /// Its position was lost, and it is read anew from the oldest record: what was read before is
+    /// durable. The `foundAt` of the gap that says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restarted_at: Option<i64>,
+    /// The last owner who got a page of it: its position was still there then, or a gap says that it was
+    /// not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_by: Option<String>,
 }
 
 /// The id of the table that is followed, as the rows of its streams know it.
@@ -195,20 +206,28 @@ impl ShardRow {
             headroom: None,
             updated_at: None,
             created_at: now_ms,
+            restarted_at: None,
+            read_by: None,
         }
     }
 
     /// The last moment of the source, in milliseconds, at which nothing of the shard can have been
-    /// trimmed unread: its watermark, or when the row was made.
+    /// trimmed unread without a gap that says so: its watermark, or when the row was made, or when
+    /// it was read anew.
     pub fn proven_ms(&self) -> i64 {
-        self.watermark
-            .unwrap_or(self.created_at)
-            .max(self.created_at)
+        let known = [self.watermark, self.restarted_at];
+        let last = known.into_iter().flatten().max();
+        last.unwrap_or(self.created_at).max(self.created_at)
     }
 
     /// The shard's id.
     pub fn shard(&self) -> ShardId {
         ShardId(self.shard_id.clone())
+    }
+
+    /// Whether its owner has got a page of it.
+    pub fn is_read(&self) -> bool {
+        self.lease_owner.is_some() && self.read_by == self.lease_owner
     }
 
     /// Whether the shard was applied to its end.
@@ -234,6 +253,17 @@ impl ShardRow {
             return;
         }
         sequence.as_str().clone_into(&mut self.checkpoint);
+        self.owner_switches_since_checkpoint = 0;
+    }
+
+    /// The position is lost, as the gap found at `found_ms` says: it is read anew from the oldest
+    /// record. Everything read before is durable or in doubt.
+    pub fn restart(&mut self, found_ms: i64) {
+        if self.is_finished() {
+            return;
+        }
+        TRIM_HORIZON.clone_into(&mut self.checkpoint);
+        self.restarted_at = Some(found_ms);
         self.owner_switches_since_checkpoint = 0;
     }
 
@@ -347,93 +377,6 @@ impl ControlRow {
             state: "steady".to_owned(),
             by: by.to_owned(),
             reason: "provisioned".to_owned(),
-            at,
-        }
-    }
-}
-
-/// Why records were never applied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum GapReason {
-    /// The source held items before the first lease, and nobody copied them.
-    NeverCopied,
-    /// The stream forgot records before they were read.
-    Trimmed,
-    /// The table's stream was re-created.
-    StreamRecreated,
-    /// A shard that was being read is gone before its end.
-    ShardVanished,
-    /// A repair of the table did not come to its end: what it wrote last may be older than what was
-    /// there. Told by the job's own row, and never stored as a gap.
-    ReconcileUnfinished,
-    /// The audit found items that differ. Told by its own row, and never stored as a gap.
-    Drift,
-}
-
-impl GapReason {
-    /// The name in rows, metrics and messages.
-    pub const fn label(self) -> &'static str {
-        match self {
-            GapReason::NeverCopied => "never-copied",
-            GapReason::Trimmed => "trimmed",
-            GapReason::StreamRecreated => "stream-recreated",
-            GapReason::ShardVanished => "shard-vanished",
-            GapReason::ReconcileUnfinished => "reconcile-unfinished",
-            GapReason::Drift => "drift",
-        }
-    }
-
-    /// What a person does about it: one sentence, without its full stop.
-    pub const fn next_step(self) -> &'static str {
-        match self {
-            GapReason::NeverCopied => {
-                "Copy what the source table held before replication began with `farshore reconcile --apply`, then remove the row"
-            }
-            GapReason::Trimmed | GapReason::StreamRecreated | GapReason::ShardVanished => {
-                "Mend what differs with `farshore reconcile --apply`, then remove the row"
-            }
-            GapReason::ReconcileUnfinished => {
-                "Run the same `farshore reconcile --apply` again, to its end"
-            }
-            GapReason::Drift => {
-                "See what differs with `farshore reconcile --report FILE`, find out who writes to the replica, and mend it with `farshore reconcile --apply`"
-            }
-        }
-    }
-}
-
-/// `gap#<epoch>#<table>#<reason>…`: records that were never applied, until a reconcile closes it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct GapRow {
-    /// Hash key.
-    pub lease_key: String,
-    /// `gap`.
-    pub entity_type: String,
-    /// Version of the row's form.
-    pub format_version: u32,
-    /// The table, by its name in the configuration.
-    pub table: String,
-    /// Why.
-    pub reason: GapReason,
-    /// Stream and shard, where it is one shard's.
-    pub detail: String,
-    /// When it was noticed, RFC 3339.
-    pub at: String,
-}
-
-impl GapRow {
-    /// A gap of `table`; `detail` names stream and shard and makes the key its own.
-    pub fn new(epoch: u64, table: &str, reason: GapReason, detail: &str, at: String) -> Self {
-        let label = reason.label();
-        Self {
-            lease_key: format!("gap#{epoch}#{table}#{label}#{detail}"),
-            entity_type: "gap".to_owned(),
-            format_version: FORMAT_VERSION,
-            table: table.to_owned(),
-            reason,
-            detail: detail.to_owned(),
             at,
         }
     }

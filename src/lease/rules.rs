@@ -18,7 +18,15 @@ use crate::mutation::{self, Mutation};
 /// of other machines are never compared.
 #[derive(Debug, Default)]
 pub struct Observer {
-    seen: HashMap<String, (u64, Instant)>,
+    seen: HashMap<String, Seen>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    counter: u64,
+    since: Instant,
+    /// Whether it was seen to move, and not only to be there.
+    moved: bool,
 }
 
 impl Observer {
@@ -30,21 +38,30 @@ impl Observer {
     ) {
         let mut next = HashMap::with_capacity(self.seen.len());
         for row in rows {
-            let since = match self.seen.get(row.key()) {
-                Some((counter, since)) if *counter == row.counter() => *since,
-                _ => now,
+            let known = self.seen.get(row.key());
+            let seen = match known {
+                Some(seen) if seen.counter == row.counter() => *seen,
+                _ => Seen {
+                    counter: row.counter(),
+                    since: now,
+                    moved: known.is_some(),
+                },
             };
-            next.insert(row.key().to_owned(), (row.counter(), since));
+            next.insert(row.key().to_owned(), seen);
         }
         self.seen = next;
     }
 
     /// Since when the counter of `row` has stood still; `None` if it was not observed as it is.
     pub fn still_since(&self, row: &impl Counted) -> Option<Instant> {
-        self.seen
-            .get(row.key())
-            .filter(|(counter, _)| *counter == row.counter())
-            .map(|(_, since)| *since)
+        let seen = self.seen.get(row.key());
+        seen.filter(|seen| seen.counter == row.counter())
+            .map(|seen| seen.since)
+    }
+
+    /// Whether the counter of `row` was seen to move: somebody wrote it since this observer began.
+    pub fn has_moved(&self, row: &impl Counted) -> bool {
+        self.seen.get(row.key()).is_some_and(|seen| seen.moved)
     }
 
     /// Whether `row` may be taken: nobody owns it, or its counter has stood still for `duration`.

@@ -11,6 +11,7 @@ use super::row::{
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
+use crate::mutation::crash;
 
 /// Pages of a scan; a state table beyond this is not believed.
 const SCAN_PAGES_MAX: usize = 10_000;
@@ -142,6 +143,18 @@ impl StateTable {
         }
     }
 
+    /// The row of a gap, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn gap(&self, key: &str) -> Result<Option<GapRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Gap(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("a gap's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
     /// The row of a comparison, read consistently.
     ///
     /// # Errors
@@ -197,13 +210,21 @@ impl StateTable {
     /// # Errors
     /// The fault of the call. Its effect is then unknown.
     pub async fn delete(&self, row: &impl Counted) -> Result<Written, Fault> {
-        let known = AttributeValue::N(row.counter().to_string());
-        self.remove(
-            row.key(),
-            "attribute_not_exists(leaseKey) OR leaseCounter = :known",
-            Some(known),
-        )
-        .await
+        self.remove_counted(row.key(), row.counter()).await
+    }
+
+    /// Closes the gap with this key if it was not found again since its counter was `counter`.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn close_gap(&self, key: &str, counter: u64) -> Result<Written, Fault> {
+        self.remove_counted(key, counter).await
+    }
+
+    async fn remove_counted(&self, key: &str, counter: u64) -> Result<Written, Fault> {
+        let known = AttributeValue::N(counter.to_string());
+        let condition = "attribute_not_exists(leaseKey) OR leaseCounter = :known";
+        self.remove(key, condition, Some(known)).await
     }
 
     /// Deletes a row without a counter. Refused if it is not there.
@@ -304,12 +325,26 @@ fn unreadable(message: &str) -> Fault {
     Fault::own(Operation::State, Class::Unknown, UNREADABLE_ROW, message)
 }
 
-/// Gap rows are written once and may be there already.
+/// Stores a gap, or that one which stands already was found again: who repairs the earlier one must
+/// not close this one. Returns the row as it is stored.
 ///
 /// # Errors
 /// The fault of the call.
-pub async fn record_gap(state: &StateTable, gap: &GapRow) -> Result<(), Fault> {
-    state.create(gap).await.map(|_| ())
+pub async fn record_gap(state: &StateTable, gap: &GapRow) -> Result<GapRow, Fault> {
+    loop {
+        if state.create(gap).await? == Written::Yes {
+            crash("gap-stored");
+            return Ok(gap.clone());
+        }
+        let Some(known) = state.gap(&gap.lease_key).await? else {
+            continue;
+        };
+        let again = known.found_again(gap);
+        if state.replace(&again, known.lease_counter).await? == Written::Yes {
+            crash("gap-stored");
+            return Ok(again);
+        }
+    }
 }
 
 #[cfg(test)]

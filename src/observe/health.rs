@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-pub use signs::{LettersLeft, TableDoubts, TableTap};
+pub use signs::{LettersLeft, TableDoubts, TableTap, progress};
+
+use crate::lease::row::Mending;
 
 use super::liveness::Ledger;
 use crate::error::{Fault, Policy};
@@ -84,6 +86,8 @@ struct State {
     heartbeat: Option<Instant>,
     /// Closed taps, by table.
     taps: BTreeMap<String, TableTap>,
+    /// Copies and repairs, by table.
+    mending: BTreeMap<String, Mending>,
     /// Doubts, by table.
     doubts: BTreeMap<String, TableDoubts>,
     /// Dead letters in a queue.
@@ -262,7 +266,7 @@ impl Health {
             reasons.push(Reason {
                 code: "starting".to_owned(),
                 table: table.clone(),
-                text: "its shards are not listed yet".to_owned(),
+                text: "its shards are not listed, or not read for the first time, yet".to_owned(),
                 next: "Wait a moment".to_owned(),
             });
         }
@@ -280,12 +284,9 @@ impl Health {
             });
         }
         for ((table, reason), keys) in &state.gaps {
-            reasons.push(Reason {
-                code: format!("gap-{}", reason.label()),
-                table: table.clone(),
-                text: format!("{} gap(s): records were never applied", keys.len()),
-                next: reason.next_step().to_owned(),
-            });
+            let gaps = keys.len();
+            let code = format!("gap-{}", reason.label());
+            reasons.push(state.gap_reason(code, table, *reason, gaps));
         }
         for (table, (text, next)) in &state.stopped {
             reasons.push(Reason {

@@ -6,7 +6,7 @@ use metrics::{
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Class, Failure};
-use crate::lease::row::DoubtCause;
+use crate::lease::row::{DoubtCause, JobKind, Mending};
 use crate::stream::change::Event;
 
 /// What a metric is.
@@ -64,6 +64,11 @@ const WORKERS: &str = "farshore_workers_live";
 const GAPS: &str = "farshore_gaps_open";
 const VERIFIED_AGE: &str = "farshore_verified_age_seconds";
 const DRIFT: &str = "farshore_drift_items";
+const COPYING: &str = "farshore_copying";
+const JOB_PROGRESS: &str = "farshore_job_progress_ratio";
+const JOB_LEFT: &str = "farshore_job_left_seconds";
+const COPIED: &str = "farshore_copied_items_total";
+const OUTSTANDING: &str = "farshore_deletes_outstanding";
 const DOUBTED: &str = "farshore_doubts_total";
 const REPAIRED: &str = "farshore_doubts_repaired_total";
 const REPAIR_WRITES: &str = "farshore_repair_writes_total";
@@ -174,6 +179,36 @@ pub const METRICS: &[Metric] = &[
         Kind::Gauge,
         "table",
         "Items of the replica that differ from the source, as the audit's last pass or the one under way found them.",
+    ),
+    metric(
+        COPYING,
+        Kind::Gauge,
+        "table",
+        "1 while the first copy of the table is not at its end, or the stream has not passed that; else 0. Until then there is nothing to fail over to.",
+    ),
+    metric(
+        JOB_PROGRESS,
+        Kind::Gauge,
+        "table, job",
+        "How far the `bootstrap` or the `gap-repair` of the table is, from 0 to 1; 1 where there is none.",
+    ),
+    metric(
+        JOB_LEFT,
+        Kind::Gauge,
+        "table, job",
+        "Seconds until its end, about, at its pace so far; 0 where there is none.",
+    ),
+    metric(
+        COPIED,
+        Kind::Counter,
+        "table",
+        "Items that this worker put or deleted in a copy of the table or a repair of its gaps.",
+    ),
+    metric(
+        OUTSTANDING,
+        Kind::Gauge,
+        "table",
+        "Items of the replica that are not in the source, more than a copy or a repair of gaps may delete by itself.",
     ),
     metric(
         DOUBTED,
@@ -288,6 +323,7 @@ pub fn begin(table: &str) {
         counter!(DOUBTED, "table" => table.to_owned(), "cause" => cause.label()).absolute(0);
     }
     for name in [
+        COPIED,
         COALESCED,
         WRITTEN,
         UNITS,
@@ -392,6 +428,29 @@ pub fn audited(table: &str, verified_age: Option<f64>, different: u64) {
     let age = verified_age.unwrap_or(f64::INFINITY);
     gauge!(VERIFIED_AGE, "table" => table.to_owned()).set(age);
     gauge!(DRIFT, "table" => table.to_owned()).set(different as f64);
+}
+
+/// A copy or a repair of gaps wrote so many items.
+pub fn copied(table: &str, items: usize) {
+    counter!(COPIED, "table" => table.to_owned()).increment(items as u64);
+}
+
+/// What the fleet does by itself for `table` to be whole.
+pub fn mending(table: &str, mending: Mending) {
+    let copying = f64::from(u8::from(mending.copying.is_some()));
+    gauge!(COPYING, "table" => table.to_owned()).set(copying);
+    let extra = mending.outstanding.map_or(0, |(extra, _)| extra);
+    gauge!(OUTSTANDING, "table" => table.to_owned()).set(extra as f64);
+    for (job, how_far) in [
+        (JobKind::Bootstrap, mending.copying),
+        (JobKind::GapRepair(0), mending.repairing),
+    ] {
+        let ratio = how_far.map_or(1.0, |how_far| f64::from(how_far.percent) / 100.0);
+        let left = how_far.and_then(|how_far| how_far.left_s).unwrap_or(0);
+        let job = job.label();
+        gauge!(JOB_PROGRESS, "table" => table.to_owned(), "job" => job).set(ratio);
+        gauge!(JOB_LEFT, "table" => table.to_owned(), "job" => job).set(left as f64);
+    }
 }
 
 /// Age and headroom of `table`, in seconds.

@@ -7,28 +7,20 @@
 //! found; [`super::rows`] tells metrics and readiness from it.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use super::context::Shared;
-use super::doubts::keep_expired;
+use super::job::{How, Wanted, build, plan_of, terms};
 use crate::backoff::Backoff;
 use crate::config::Table;
-use crate::dynamo::clock::rfc3339;
-use crate::dynamo::table::{describe, primary_key};
-use crate::error::{Fault, Operation};
-use crate::jobs::reconcile::desk::{self, Desk};
-use crate::jobs::reconcile::flow::FlowSource;
-use crate::jobs::reconcile::place::Place;
+use crate::error::Fault;
+use crate::jobs::reconcile::Ended;
+use crate::jobs::reconcile::desk;
 use crate::jobs::reconcile::report::Counts;
-use crate::jobs::reconcile::strategy::Strategy;
-use crate::jobs::reconcile::{Ended, Found, Reconcile, segments_of};
-use crate::lease::hold::Terms;
-use crate::lease::row::{FORMAT_VERSION, ReconcileRow, comparison_rows, comparisons};
+use crate::lease::row::{JobKind, ReconcileRow, comparison_rows, comparisons};
 use crate::lease::table::Written;
-use crate::repair::Unfinished;
 
 /// Passes begin no more often: so many lease durations apart.
 const PASS_LEASES: u32 = 6;
@@ -75,7 +67,15 @@ async fn pass(shared: &Shared, table: &Table, stop: &CancellationToken) -> Resul
     let Some(plan) = plan(shared, table).await.map_err(said)? else {
         return Ok(());
     };
-    let job = job(shared, table, plan.clone(), stop).await?;
+    let units = Some(shared.config.audit.read_units_per_second);
+    let how = How {
+        units,
+        one_at_a_time: true,
+        memory_max: MEMORY_MAX,
+        repairs: None,
+    };
+    let job = build(shared, table, plan.clone(), how, stop);
+    let job = job.await.map_err(said)?;
     match job.run().await {
         Ok(counts) => {
             tell(table, &plan, &counts);
@@ -132,7 +132,13 @@ async fn plan(shared: &Shared, table: &Table) -> Result<Option<ReconcileRow>, Fa
         None => 1,
     };
     let verified = last.and_then(ReconcileRow::verified_ms);
-    let Some(next) = next(shared, table, number, verified, now_ms).await? else {
+    let wanted = Wanted {
+        kind: JobKind::Audit(number),
+        apply: false,
+        closes: Vec::new(),
+        verified_at_ms: verified,
+    };
+    let Some(next) = plan_of(shared, table, wanted).await? else {
         return Ok(None);
     };
     // What is left of one of that name, from before somebody removed it, is none of it.
@@ -143,7 +149,7 @@ async fn plan(shared: &Shared, table: &Table) -> Result<Option<ReconcileRow>, Fa
     if shared.state.create(&next).await? == Written::Refused {
         return shared.state.reconcile(&next.lease_key).await;
     }
-    let terms = terms(shared);
+    let terms = terms(shared, Duration::ZERO);
     let old = |job: &&crate::lease::row::Progress<'_>| {
         job.plan.epoch < shared.epoch || job.plan.audit_pass().is_some_and(|n| n + 1 < number)
     };
@@ -151,128 +157,4 @@ async fn plan(shared: &Shared, table: &Table) -> Result<Option<ReconcileRow>, Fa
         desk::remove(&terms, job).await?;
     }
     Ok(Some(next))
-}
-
-/// The row of a pass that is to begin. `None` while a table is not there.
-async fn next(
-    shared: &Shared,
-    table: &Table,
-    number: u64,
-    verified_at_ms: Option<i64>,
-    now_ms: i64,
-) -> Result<Option<ReconcileRow>, Fault> {
-    let (source, target) = (&shared.source, &shared.target);
-    let from = describe(&source.tables, table.name_in(&source.label)).await?;
-    let to = describe(&target.tables, table.name_in(&target.label)).await?;
-    let (Some(from), Some(to)) = (from, to) else {
-        return Ok(None);
-    };
-    let bytes = from.table_size_bytes.max(to.table_size_bytes);
-    let items = from.item_count.unwrap_or_default() + to.item_count.unwrap_or_default();
-    let job = ReconcileRow::audit_job(shared.epoch, number);
-    Ok(Some(ReconcileRow {
-        lease_key: ReconcileRow::key(&job, &table.name),
-        entity_type: "reconcile".to_owned(),
-        format_version: FORMAT_VERSION,
-        epoch: shared.epoch,
-        job,
-        table: table.name.clone(),
-        order: 0,
-        source: source.label.clone(),
-        target: target.label.clone(),
-        apply: false,
-        strategy: Strategy::Mirror.to_string(),
-        max_deletes: "0".to_owned(),
-        segments: segments_of(bytes.unwrap_or_default()),
-        items: u64::try_from(items).unwrap_or_default(),
-        at: rfc3339(now_ms),
-        at_ms: now_ms,
-        lease_counter: 0,
-        until: 0,
-        // Its row stays when it has ended: the next pass and the fleet want to know.
-        joined: 2,
-        ended: None,
-        ended_at_ms: None,
-        verified_at_ms,
-        too_many_deletes: None,
-    }))
-}
-
-fn terms(shared: &Shared) -> Terms {
-    Terms {
-        state: shared.state.clone(),
-        clock: Arc::clone(&shared.target.clock),
-        duration: shared.config.leases.duration,
-        // It writes nothing that could.
-        late_effect: Duration::ZERO,
-    }
-}
-
-async fn job(
-    shared: &Shared,
-    table: &Table,
-    plan: ReconcileRow,
-    stop: &CancellationToken,
-) -> Result<Reconcile, String> {
-    let config = &shared.config;
-    let stop = stop.child_token();
-    let units = Some(config.audit.read_units_per_second);
-    let (source, target) = (&shared.source, &shared.target);
-    let name = table.name_in(&source.label);
-    let described = describe(&source.tables, name).await;
-    let described = described
-        .map_err(|fault| fault.to_string())?
-        .ok_or("the source table is not there")?;
-    let key_names: Vec<String> = primary_key(&described)
-        .into_iter()
-        .map(|part| part.name)
-        .collect();
-    let keep_expired = keep_expired(shared, table).await.map_err(|why| match why {
-        Unfinished::Failed(fault) => fault.to_string(),
-        _ => "the time to live of the source table is not known".to_owned(),
-    })?;
-    let memory = config.reconcile.memory.as_u64().min(MEMORY_MAX);
-    let patience = config.leases.duration * 2;
-    Ok(Reconcile {
-        table: table.name.clone(),
-        source: Arc::new(Place::new(
-            source,
-            name,
-            Operation::ReadSource,
-            units,
-            &stop,
-        )),
-        target: Arc::new(Place::new(
-            target,
-            table.name_in(&target.label),
-            Operation::ReadReplica,
-            units,
-            &stop,
-        )),
-        key_names: key_names.into(),
-        keep_expired,
-        segments: plan.segments,
-        desk: Desk::Shared(Box::new(desk::Shared {
-            plan,
-            terms: terms(shared),
-            me: shared.owner.clone(),
-            one_at_a_time: true,
-            stop: stop.clone(),
-        })),
-        at_once: 1,
-        wait: config.leases.duration,
-        memory: usize::try_from(memory).unwrap_or(usize::MAX),
-        settle: config.reconcile.settle,
-        flow: Some(FlowSource::new(
-            shared.state.clone(),
-            shared.epoch,
-            patience,
-        )),
-        strategy: Strategy::Mirror,
-        repairs: None,
-        lines: None,
-        stop,
-        found: Arc::new(Found::default()),
-        lost: AtomicU32::new(0),
-    })
 }

@@ -80,15 +80,31 @@ impl Shared {
         until_ms(self.target.clock.now_ms(), late_effect)
     }
 
-    /// Stores a gap row, however long it takes. `part` is what health knows the caller by.
-    pub async fn store_gap(&self, gap: &GapRow, part: &str) {
+    /// Whether what is known of the control record still allows to write: repairs are right in one direction
+    /// only, and that is its epoch's. A region that was active itself waits for a person: it may hold
+    /// writes that never left.
+    pub fn is_in_epoch(&self, rows: &Snapshot) -> bool {
+        rows.control.as_ref().is_none_or(|control| {
+            let is_of_before = control.epoch < self.epoch && control.active != self.target.label;
+            control.epoch == self.epoch || is_of_before
+        })
+    }
+
+    /// Stores a gap row, however long it takes. `part` is what health knows the caller by. Returns it as
+    /// it is stored.
+    pub async fn store_gap(&self, gap: &GapRow, part: &str) -> GapRow {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        while let Err(fault) = record_gap(&self.state, gap).await {
-            self.health.failed(Scope::State, &gap.table, part, &fault);
+        loop {
+            match record_gap(&self.state, gap).await {
+                Ok(stored) => {
+                    self.health.succeeded(Scope::State, &gap.table, part);
+                    self.rescan.notify_one();
+                    return stored;
+                }
+                Err(fault) => self.health.failed(Scope::State, &gap.table, part, &fault),
+            }
             tokio::time::sleep(backoff.pause()).await;
         }
-        self.health.succeeded(Scope::State, &gap.table, part);
-        self.rescan.notify_one();
     }
 }
 

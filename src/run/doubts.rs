@@ -68,13 +68,12 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
     while !stop.is_cancelled() {
         let snapshot = rows.borrow_and_update().clone();
         let now_ms = shared.target.clock.now_ms();
-        let epoch = snapshot.control.as_ref().map(|control| control.epoch);
         let mut due: Vec<&DoubtRow> = snapshot.doubts.iter().collect();
         // Repair is right in one direction only, and that is its epoch's.
         due.retain(|doubt| {
             doubt.table == table.name
                 && doubt.epoch == shared.epoch
-                && epoch.is_none_or(|epoch| epoch == shared.epoch)
+                && shared.is_in_epoch(&snapshot)
                 && may_claim(doubt, &snapshot.shards, &shared.owner, now_ms, patience)
         });
         // After the rows were read, so that whatever they tell had happened by then.
@@ -260,7 +259,7 @@ async fn repair_claimed(
 
 /// What a table made anew holds is not what the records in doubt were made of: repaired by it, the
 /// replica would lose its items. A person decides first.
-async fn refuse_another_table(shared: &Shared, table: &Table) -> Result<(), Unfinished> {
+pub(super) async fn refuse_another_table(shared: &Shared, table: &Table) -> Result<(), Unfinished> {
     let name = table.name_in(&shared.source.label);
     let described = describe(&shared.source.tables, name)
         .await
@@ -425,6 +424,7 @@ impl<'a> DoubtRepair<'a> {
                 bound: Arc::clone(&self.claim) as _,
                 stop: self.stop,
                 keep_expired: self.keep_expired.clone(),
+                flows: true,
                 wrote: None,
             };
             let begun = uptime();
@@ -498,7 +498,7 @@ impl<'a> DoubtRepair<'a> {
         let table = &context.table.name;
         let shard = self.claim.row().shard_id;
         for (refused, begun) in std::mem::take(&mut self.refused) {
-            let letter = Letter::refused_repair(context, &shard, &refused);
+            let letter = Letter::refused_repair(context, ("doubt", &shard), &refused);
             tokio::select! {
                 delivered = letter.deliver_or_leave(context, "repair") => {
                     delivered.map_err(Unfinished::Failed)?;
@@ -527,7 +527,11 @@ impl<'a> DoubtRepair<'a> {
         let row = self.claim.row();
         let detail = format!("{}/{} doubt", stream_label(&row.stream_arn), row.shard_id);
         let at = rfc3339(host_ms());
-        let gap = GapRow::new(row.epoch, &row.table, reason, &detail, at);
+        // Nothing has to be drained for it: its writes are dead, and what is read now is younger.
+        let gap = GapRow {
+            found_at: shared.source.clock.now_ms(),
+            ..GapRow::new(row.epoch, &row.table, reason, &detail, at)
+        };
         shared.store_gap(&gap, "repair").await;
         Ok(())
     }

@@ -57,9 +57,14 @@ impl Letter {
 
     /// For an item that a repair found different and the replica refused alone. It has no record: its
     /// images are what the replica holds and what the source held.
-    pub fn refused_repair(context: &TableContext, shard: &str, refused: &Refused) -> Self {
+    pub fn refused_repair(
+        context: &TableContext,
+        (origin, shard): (&str, &str),
+        refused: &Refused,
+    ) -> Self {
         let change = &refused.change;
         let mut letter = Self::blank(context, shard, change.created_ms);
+        letter.origin = Some(origin.to_owned());
         let event = match (&refused.held, &change.new_image) {
             (None, _) => Event::Insert,
             (Some(_), Some(_)) => Event::Modify,
@@ -109,6 +114,7 @@ impl Letter {
             target: place(&shared.target.label),
             stream_arn: context.stream_arn.clone(),
             shard_id: shard.to_owned(),
+            origin: None,
             sequence_number: None,
             event: None,
             keys: None,

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
 use crate::dynamo::clock::{host_ms, uptime};
+use crate::lease::gaps::Ground;
 use crate::lease::row::{
-    ControlRow, DoubtRow, GapReason, GapRow, PauseRow, ReconcileRow, Row, SegmentRow, ShardRow,
-    StreamRow, WorkerRow, audited, comparisons,
+    ControlRow, DoubtRow, GapReason, GapRow, Mending, PauseRow, Progress, ReconcileRow, Row,
+    SegmentRow, ShardRow, StreamRow, WorkerRow, audited, comparisons,
 };
 use crate::lease::rules::Observer;
 use crate::lease::table::StateTable;
@@ -43,8 +44,35 @@ pub struct Snapshot {
     pub long_dead: HashSet<String>,
     /// Keys of the leases that may be taken.
     pub takeable: HashSet<String>,
+    /// Keys of the leases under which no write takes effect any more: given back, or silent for a lease and
+    /// a late effect.
+    pub dead: HashSet<String>,
+    /// Keys of the leases whose owners read, and are seen to live.
+    pub read_now: HashSet<String>,
+    /// Gaps that are open.
+    pub gaps: Vec<GapRow>,
+    /// Comparisons.
+    pub plans: Vec<ReconcileRow>,
+    /// Their segments.
+    pub segments: Vec<SegmentRow>,
     /// Whether it has been read at all.
     pub read: bool,
+}
+
+impl Snapshot {
+    /// The comparisons, with their segments.
+    pub fn jobs(&self) -> Vec<Progress<'_>> {
+        comparisons(&self.plans, &self.segments)
+    }
+
+    /// What decides about gaps.
+    pub fn ground(&self, epoch: u64) -> Ground<'_> {
+        Ground {
+            epoch,
+            shards: &self.shards,
+            streams: &self.streams,
+        }
+    }
 }
 
 /// The longest pause between two readings, of a state table of a usual size.
@@ -65,16 +93,29 @@ struct Observers {
     workers: Observer,
 }
 
+/// What the reader of the state table goes by.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    /// How long a lease is good for.
+    pub lease: Duration,
+    /// How long after its end a write may take effect.
+    pub late_effect: Duration,
+    /// Number of the epoch.
+    pub epoch: u64,
+    /// The tables of the configuration.
+    pub tables: Vec<String>,
+}
+
 /// Reads the state table again and again, and at once when `rescan` asks.
 pub async fn watch_rows(
     state: StateTable,
     me: String,
-    duration: Duration,
-    tables: Vec<String>,
+    terms: Terms,
     snapshots: Arc<watch::Sender<Arc<Snapshot>>>,
     rescan: Arc<Notify>,
     health: Arc<Health>,
 ) {
+    let duration = terms.lease;
     let mut observers = Observers::default();
     let pulse = Pulse::start(&health, "", "rows");
     // How long a reading counts as just made, whoever asks for another.
@@ -88,7 +129,7 @@ pub async fn watch_rows(
             Ok(rows) => {
                 health.succeeded(Scope::State, "", "rows");
                 let rows_read = rows.len();
-                let mut snapshot = digest(rows, &mut observers, duration, &tables, &health);
+                let mut snapshot = digest(rows, &mut observers, &terms, &health);
                 snapshot.begun = Some(begun);
                 snapshot.begun_uptime = Some(begun_uptime);
                 health.rows_read(begun);
@@ -162,57 +203,27 @@ fn next_expiry(
         .min()
 }
 
-fn digest(
-    rows: Vec<Row>,
-    observers: &mut Observers,
-    duration: Duration,
-    tables: &[String],
-    health: &Health,
-) -> Snapshot {
+fn digest(rows: Vec<Row>, observers: &mut Observers, terms: &Terms, health: &Health) -> Snapshot {
+    let duration = terms.lease;
     let mut snapshot = Snapshot {
         read: true,
         ..Snapshot::default()
     };
-    let mut gaps: Vec<GapRow> = Vec::new();
-    let mut plans: Vec<ReconcileRow> = Vec::new();
-    let mut segments: Vec<SegmentRow> = Vec::new();
     for row in rows {
         match row {
             Row::Shard(row) => snapshot.shards.push(row),
             Row::Stream(row) => snapshot.streams.push(row),
-            Row::Gap(row) => gaps.push(row),
+            Row::Gap(row) => snapshot.gaps.push(row),
             Row::Worker(row) => snapshot.workers.push(row),
             Row::Doubt(row) => snapshot.doubts.push(row),
             Row::Pause(row) => snapshot.pauses.push(row),
             Row::Control(row) => snapshot.control = Some(row),
-            Row::Reconcile(row) => plans.push(row),
-            Row::Segment(row) => segments.push(row),
+            Row::Reconcile(row) => snapshot.plans.push(row),
+            Row::Segment(row) => snapshot.segments.push(row),
             Row::Job(_) | Row::Other(_) => {}
         }
     }
-    let stored = gaps
-        .iter()
-        .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str()));
-    let now_ms = host_ms();
-    let epoch = snapshot.control.as_ref().map_or(0, |control| control.epoch);
-    let jobs = comparisons(&plans, &segments);
-    let unfinished = jobs.iter().filter(|job| job.is_unfinished(epoch, now_ms));
-    let unfinished = unfinished.map(|job| {
-        let (table, key) = (&job.plan.table, &job.plan.lease_key);
-        (table.as_str(), GapReason::ReconcileUnfinished, key.as_str())
-    });
-    let mut drift = Vec::new();
-    for table in tables {
-        let Some((verified_ms, different)) = audited(&jobs, epoch, table) else {
-            continue;
-        };
-        let verified = verified_ms.map(|ms| (now_ms - ms).max(0) as f64 / 1_000.0);
-        metrics::audited(table, verified, different);
-        if different > 0 {
-            drift.push((table.as_str(), GapReason::Drift, table.as_str()));
-        }
-    }
-    health.set_gaps(stored.chain(unfinished).chain(drift));
+    show_gaps(&snapshot, terms, health);
     let now = Instant::now();
     observers.shards.observe(snapshot.shards.iter(), now);
     observers.workers.observe(snapshot.workers.iter(), now);
@@ -231,7 +242,54 @@ fn digest(
         .filter(|row| !row.is_finished() && observers.shards.is_takeable(row, duration, now))
         .map(|row| row.lease_key.clone())
         .collect();
+    let is_read = |row: &&ShardRow| row.is_read() && observers.shards.has_moved(*row);
+    snapshot.read_now = snapshot
+        .shards
+        .iter()
+        .filter(is_read)
+        .filter(|row| !snapshot.takeable.contains(&row.lease_key))
+        .map(|row| row.lease_key.clone())
+        .collect();
+    let silent = duration + terms.late_effect;
+    snapshot.dead = snapshot
+        .shards
+        .iter()
+        .filter(|row| observers.shards.is_takeable(row, silent, now))
+        .map(|row| row.lease_key.clone())
+        .collect();
     snapshot
+}
+
+/// Tells health and metrics what is not whole: gaps, what the audit found, copies and repairs.
+fn show_gaps(snapshot: &Snapshot, terms: &Terms, health: &Health) {
+    let now_ms = host_ms();
+    let epoch = terms.epoch;
+    let jobs = snapshot.jobs();
+    let stored = snapshot
+        .gaps
+        .iter()
+        .map(|gap| (gap.table.as_str(), gap.reason, gap.lease_key.as_str()));
+    // One of the worker's own shows by itself, and is gone on with by itself.
+    let unfinished = jobs
+        .iter()
+        .filter(|job| !job.plan.kind().is_the_workers() && job.is_unfinished(epoch, now_ms));
+    let unfinished = unfinished.map(|job| {
+        let (table, key) = (&job.plan.table, &job.plan.lease_key);
+        (table.as_str(), GapReason::ReconcileUnfinished, key.as_str())
+    });
+    let mut drift = Vec::new();
+    for table in &terms.tables {
+        health.set_mending(table, Mending::of(&jobs, epoch, table, now_ms));
+        let Some((verified_ms, different)) = audited(&jobs, epoch, table) else {
+            continue;
+        };
+        let verified = verified_ms.map(|ms| (now_ms - ms).max(0) as f64 / 1_000.0);
+        metrics::audited(table, verified, different);
+        if different > 0 {
+            drift.push((table.as_str(), GapReason::Drift, table.as_str()));
+        }
+    }
+    health.set_gaps(stored.chain(unfinished).chain(drift));
 }
 
 #[cfg(test)]
@@ -311,13 +369,19 @@ mod tests {
         let mut observers = Observers::default();
         let rows = || vec![Row::Worker(worker(1))];
         let tiny = Duration::from_millis(20);
-        let first = digest(rows(), &mut observers, LEASE, &[], &health);
+        let terms = |lease| Terms {
+            lease,
+            late_effect: Duration::ZERO,
+            epoch: 1,
+            tables: Vec::new(),
+        };
+        let first = digest(rows(), &mut observers, &terms(LEASE), &health);
         assert!(first.living.contains("w"), "seen for the first time");
         std::thread::sleep(tiny);
-        let dead = digest(rows(), &mut observers, tiny, &[], &health);
+        let dead = digest(rows(), &mut observers, &terms(tiny), &health);
         assert!(dead.living.is_empty() && dead.long_dead.is_empty());
         std::thread::sleep(9 * tiny);
-        let long_dead = digest(rows(), &mut observers, tiny, &[], &health);
+        let long_dead = digest(rows(), &mut observers, &terms(tiny), &health);
         assert!(long_dead.long_dead.contains("w"));
     }
 }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::context::TableContext;
 use super::doubts::{ShardDoubts, store_inherited};
 use super::letter::Letter;
-use super::source::{Read, read_shard};
+use super::source::{Read, Restart, read_shard};
 use super::tap::Gate;
 use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
@@ -28,7 +28,7 @@ use crate::error::{Class, Fault, Operation};
 use crate::lease::doubts::Range;
 use crate::lease::held::{Lease, Progress};
 use crate::lease::row::{DoubtRow, ShardRow};
-use crate::mutation::trouble;
+use crate::mutation::{crash, trouble};
 use crate::observe::board::{Board, Standing};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -95,6 +95,8 @@ struct Consumer<'a> {
     standing: Standing,
     /// The last position taken in; a record without one of its own stands there.
     last_sequence: Option<SequenceNumber>,
+    /// The position was lost: once what was taken in is durable, the new one is stored.
+    restart: Option<Restart>,
     /// Whether writes may start.
     gate: Gate,
     vital: Vital,
@@ -150,6 +152,7 @@ pub async fn consume(
             applied_until_ms: row.watermark,
         },
         last_sequence: None,
+        restart: None,
         gate: Gate::new(&context.shared, &context.table.name, &stop),
         vital: Vital::new(&context, &lease.shard().0),
     };
@@ -190,6 +193,17 @@ impl<'a> Consumer<'a> {
             if answered && draining {
                 return self.release().await;
             }
+            if answered
+                && self.window.is_empty()
+                && let Some(restart) = self.restart.take()
+            {
+                match self.begin_anew(&restart).await {
+                    Ok(true) => drop(restart.stored.send(())),
+                    // Asked to stop: whoever reads on finds the gap again.
+                    Ok(false) => continue,
+                    Err(ended) => return ended,
+                }
+            }
             let waits = self.window.has_ready() && self.not_before > Instant::now();
             // In order of priority:
             tokio::select! {
@@ -203,7 +217,10 @@ impl<'a> Consumer<'a> {
                 _ = checkpoints.tick() => {
                     self.show();
                     self.checkpoint();
-                    let full = draining || at_end || self.window.bytes() >= read_ahead;
+                    let full = draining
+                        || at_end
+                        || self.restart.is_some()
+                        || self.window.bytes() >= read_ahead;
                     self.live(full);
                 }
                 // 4. Answers make room and move the watermark.
@@ -221,9 +238,11 @@ impl<'a> Consumer<'a> {
                 // 9. More records, as long as not too many wait.
                 read = reads.recv(), if !draining && !at_end && self.window.bytes() < read_ahead => {
                     match read {
-                        Some(read) => {
+                        Some(mut read) => {
                             self.vital.read();
+                            self.lease.note_read();
                             at_end = read.page.end;
+                            self.restart = read.restart.take();
                             self.admit(read);
                         }
                         // The reader ends only after the page that ends the shard. If it ended
@@ -461,6 +480,38 @@ impl<'a> Consumer<'a> {
             Err(_) if self.lease.lost().is_cancelled() => {}
             Err(fault) => health.failed(Scope::State, table, &self.shard, &fault),
         }
+    }
+
+    /// Stores that the shard is read anew from the oldest record, as a gap says. Everything taken in is
+    /// durable: nothing of before the gap reaches the replica any more, except what is in doubt. False
+    /// if it was asked to stop before.
+    async fn begin_anew(&mut self, restart: &Restart) -> Result<bool, Ended> {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        loop {
+            self.live(true);
+            let stored = match self.store_doubts().await {
+                Ok(()) => self.lease.restart(restart.found_ms).await,
+                Err(fault) => Err(fault),
+            };
+            match stored {
+                Ok(()) => break,
+                Err(_) if self.lease.lost().is_cancelled() => return Err(Ended::Lost),
+                Err(_) if self.stop.is_cancelled() => return Ok(false),
+                Err(fault) => {
+                    let health = &self.context.shared.health;
+                    health.failed(Scope::State, &self.context.table.name, &self.shard, &fault);
+                    tokio::time::sleep(backoff.pause()).await;
+                }
+            }
+        }
+        crash("position-stored");
+        // What is put in doubt from now on begins there, and not at a position that is lost.
+        self.start = Position::TrimHorizon;
+        self.doubts = ShardDoubts::default();
+        self.window = Window::new(self.context.shared.config.coalesces(&self.context.table));
+        self.stored = None;
+        self.last_sequence = None;
+        Ok(true)
     }
 
     /// Stores what is in doubt and the last checkpoint, and gives the lease up. No answer is waited

@@ -4,13 +4,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::context::TableContext;
 use crate::backoff::Backoff;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Fault, Policy};
-use crate::lease::row::{GapReason, GapRow, UNREAD_LIMIT_MS};
+use crate::lease::row::{GapReason, GapRow, UNREAD_LIMIT_MS, shard_key};
 use crate::mutation::trouble;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
@@ -33,6 +33,33 @@ pub struct Read {
     /// A moment of the source, in milliseconds, up to which the shard was seen to hold nothing
     /// that was not read.
     pub caught_up_ms: Option<i64>,
+    /// The position was lost: nothing more is read before everything taken in so far is durable, and
+    /// the new position stored.
+    pub restart: Option<Restart>,
+}
+
+/// A position that was lost. The reader goes on from the oldest record once it is told.
+#[derive(Debug)]
+pub struct Restart {
+    /// When the gap was found, as its row says.
+    pub found_ms: i64,
+    /// Told once the new position is stored.
+    pub stored: oneshot::Sender<()>,
+}
+
+impl Read {
+    fn page(page: Page, caught_up_ms: Option<i64>) -> Self {
+        Self {
+            page,
+            caught_up_ms,
+            restart: None,
+        }
+    }
+
+    fn empty(end: bool) -> Self {
+        let records = Vec::new();
+        Self::page(Page { records, end }, None)
+    }
 }
 
 /// Reads a shard to its end and sends its pages; returns when the receiver is gone. `proven_ms` is
@@ -63,7 +90,11 @@ pub async fn read_shard(
         if !matches!(reader.position(), Position::After(_))
             && asked_ms - proven_ms > UNREAD_LIMIT_MS
         {
-            record_gap(&context, GapReason::Trimmed, &stream_arn, &shard).await;
+            let found_ms = record_gap(&context, GapReason::Trimmed, &stream_arn, &shard).await;
+            if !is_stored(&pages, found_ms).await {
+                return;
+            }
+            reader.restart();
             proven_ms = asked_ms;
         }
         match reader.next().await {
@@ -85,7 +116,7 @@ pub async fn read_shard(
                     .then(|| empty.front().copied())
                     .flatten();
                 proven_ms = proven_ms.max(caught_up_ms.unwrap_or(0));
-                if pages.send(Read { page, caught_up_ms }).await.is_err() || end {
+                if pages.send(Read::page(page, caught_up_ms)).await.is_err() || end {
                     return;
                 }
                 pause = match records {
@@ -108,15 +139,19 @@ pub async fn read_shard(
                         }
                     }
                     Policy::Gap => {
-                        if lost_position(&context, &mut reader, &stream_arn, &shard, &fault).await {
-                            let page = Page {
-                                records: Vec::new(),
-                                end: true,
-                            };
-                            let caught_up_ms = None;
-                            // A receiver that is gone has no use for it.
-                            let _ = pages.send(Read { page, caught_up_ms }).await;
-                            return;
+                        match lost_position(&context, &stream_arn, &shard, &fault).await {
+                            Lost::Maybe => {}
+                            Lost::Position(found_ms) => {
+                                if !is_stored(&pages, found_ms).await {
+                                    return;
+                                }
+                                reader.restart();
+                            }
+                            Lost::Shard => {
+                                // A receiver that is gone has no use for it.
+                                let _ = pages.send(Read::empty(true)).await;
+                                return;
+                            }
                         }
                         tokio::time::sleep(backoff.pause()).await;
                     }
@@ -130,39 +165,64 @@ pub async fn read_shard(
     }
 }
 
-/// The position is lost. Records a gap where that is certain. Returns whether the shard itself is
-/// gone, so that there is nothing more to read.
+/// Has the new position stored. False if nobody is there any more to do it.
+async fn is_stored(pages: &mpsc::Sender<Read>, found_ms: i64) -> bool {
+    let (stored, told) = oneshot::channel();
+    let read = Read {
+        restart: Some(Restart { found_ms, stored }),
+        ..Read::empty(false)
+    };
+    pages.send(read).await.is_ok() && told.await.is_ok()
+}
+
+/// What is lost, for certain.
+enum Lost {
+    /// Nobody can say.
+    Maybe,
+    /// The position, by a gap found at this moment.
+    Position(i64),
+    /// The shard itself: there is nothing more to read.
+    Shard,
+}
+
+/// The position is lost. Records a gap where that is certain.
 async fn lost_position(
     context: &TableContext,
-    reader: &mut ShardReader,
     stream_arn: &str,
     shard: &ShardId,
     fault: &Fault,
-) -> bool {
+) -> Lost {
     let health = &context.shared.health;
     let table = &context.table.name;
     if fault.class == Class::Trimmed {
-        record_gap(context, GapReason::Trimmed, stream_arn, shard).await;
-        reader.restart();
-        return false;
+        let found_ms = record_gap(context, GapReason::Trimmed, stream_arn, shard).await;
+        return Lost::Position(found_ms);
     }
     // Not found: only a complete listing without the shard makes it certain; a stream or table
     // that is gone as a whole may come back.
     let listed = context.discovery.listing().await;
     if listed.shards.iter().any(|listed| listed.id == *shard) {
         health.failed(Scope::Source, table, &shard.0, fault);
-        return false;
+        return Lost::Maybe;
     }
     record_gap(context, GapReason::ShardVanished, stream_arn, shard).await;
-    true
+    Lost::Shard
 }
 
-/// Stores a gap row. Reading does not go on before it is durable: a gap that nobody sees is a
-/// silent loss.
-async fn record_gap(context: &TableContext, reason: GapReason, stream_arn: &str, shard: &ShardId) {
+/// Stores a gap row, and says when it was found. Reading does not go on before it is durable: a gap
+/// that nobody sees is a silent loss.
+async fn record_gap(
+    context: &TableContext,
+    reason: GapReason,
+    stream_arn: &str,
+    shard: &ShardId,
+) -> i64 {
     let shared = &context.shared;
+    let table = &context.table.name;
     let detail = format!("{}/{shard}", stream_label(stream_arn));
     let at = rfc3339(host_ms());
-    let gap = GapRow::new(shared.epoch, &context.table.name, reason, &detail, at);
-    shared.store_gap(&gap, &shard.0).await;
+    let row = shard_key(shared.epoch, table, stream_arn, shard);
+    let gap = GapRow::new(shared.epoch, table, reason, &detail, at);
+    let gap = gap.of_shard(row, shared.source.clock.now_ms());
+    shared.store_gap(&gap, &shard.0).await.found_at
 }

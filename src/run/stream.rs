@@ -13,18 +13,22 @@ use tokio_util::sync::CancellationToken;
 use super::context::TableContext;
 use super::discovery::Duty;
 use super::gone::Gone;
+use super::job::{Wanted, plan_of};
 use super::rows::Snapshot;
 use super::shard::{Ended, consume};
 use super::vital::{Farewell, beyond_repair};
 use crate::backoff::Backoff;
 use crate::config::Start;
+use crate::dynamo::RegionClients;
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::error::{Fault, Operation};
+use crate::error::{Class, Fault, Operation};
 use crate::lease::doubts::on_take;
 use crate::lease::held::Lease;
-use crate::lease::row::{FORMAT_VERSION, GapReason, GapRow, ShardRow, StreamRow};
+use crate::lease::row::{
+    FORMAT_VERSION, GapReason, GapRow, JobKind, ShardRow, StreamRow, shard_key,
+};
 use crate::lease::table::record_gap;
-use crate::mutation::trouble;
+use crate::mutation::{crash, trouble};
 use crate::observe::health::Scope;
 use crate::observe::liveness::PULSE_EVERY;
 use crate::observe::metrics;
@@ -89,6 +93,8 @@ struct Stream {
     gaps: BTreeSet<ShardId>,
     /// The number of the last listing when all shards of this old stream were first seen finished.
     finished_at: Option<u64>,
+    /// Since when all shards that may be read are being read, and the stream has a row.
+    read_since: Option<Instant>,
     /// Keys of the leases that a task of ours works on.
     running: HashMap<tokio::task::Id, String>,
     /// Whether a shard was left otherwise than finished or released.
@@ -209,6 +215,7 @@ impl Stream {
             lacking: BTreeMap::new(),
             gaps: BTreeSet::new(),
             finished_at: None,
+            read_since: None,
             running: HashMap::new(),
             unclean: false,
             retry: None,
@@ -331,8 +338,16 @@ impl Stream {
         }
         self.retry = None;
         self.backoff.reset();
-        if context.is_current() {
-            shared.health.set_started(&context.table.name);
+        // Until its first page has come, nobody knows whether a shard's position is still there.
+        let mut readable = plan.startable.iter().filter_map(|id| rows.get(id));
+        if stream.initialised && readable.all(|row| snapshot.read_now.contains(&row.lease_key)) {
+            let since = *self.read_since.get_or_insert(now);
+            // By a reading of the rows that began after all this: it shows what was found meanwhile.
+            if context.is_current() && snapshot.begun.is_some_and(|begun| begun >= since) {
+                shared.health.set_started(&context.table.name);
+            }
+        } else {
+            self.read_since = None;
         }
         for scope in [Scope::State, Scope::Source] {
             shared
@@ -377,6 +392,7 @@ impl Stream {
             let mut done = stream.clone();
             done.initialised = true;
             context.shared.state.replace_stream(&done).await?;
+            crash("leases-made");
         }
         if !new.is_empty() || !stream.initialised {
             context.shared.rescan.notify_one();
@@ -397,10 +413,17 @@ impl Stream {
         if let Some(row) = shared.state.stream(&key).await? {
             return Ok(row);
         }
-        let seen_before = snapshot
+        let of_table = snapshot
             .streams
             .iter()
+            .filter(|row| row.table == table.name);
+        let seen_before = of_table
+            .clone()
             .any(|row| row.is_of(shared.epoch, &table.name));
+        // Or this region was active itself: what it holds was never a copy.
+        let here = |active: &str| active == shared.target.label;
+        let was_active = snapshot.control.as_ref().is_some_and(|c| here(&c.active));
+        let had_another_source = of_table.count() > 0 || was_active;
         // Resolved before the source is looked at, and a little early: what is written in between
         // is either seen there or replayed. Too early is right, too late is not.
         let start_timestamp = match table.start {
@@ -410,13 +433,23 @@ impl Stream {
             Start::Latest => Some(shared.source.clock.now_ms() - LATEST_MARGIN_MS),
             Start::At(time) => Some(time.to_millis().unwrap_or(0) - LATEST_MARGIN_MS),
         };
-        // The gap is durable before anything that would hide it.
+        // The gap, or the job, is durable before anything that would hide it.
         let label = stream_label(&context.stream_arn);
         if seen_before {
-            self.gap(GapReason::StreamRecreated, label).await?;
-        } else if !self.source_is_empty().await? {
-            self.gap(GapReason::NeverCopied, label).await?;
+            self.gap(GapReason::StreamRecreated, label, None).await?;
+        } else if had_another_source {
+            self.gap(GapReason::SourceSwitched, label, None).await?;
+        } else {
+            let (source, target) = (&shared.source, &shared.target);
+            let (from, to) = tokio::try_join!(self.is_empty(source), self.is_empty(target))?;
+            match (table.bootstrap, from && to) {
+                (_, true) => {}
+                (true, false) => self.plan_bootstrap().await?,
+                (false, false) if from => {}
+                (false, false) => self.gap(GapReason::NeverCopied, label, None).await?,
+            }
         }
+        crash("bootstrap-planned");
         let row = StreamRow {
             lease_key: key,
             entity_type: "stream".to_owned(),
@@ -429,27 +462,61 @@ impl Stream {
             finished: false,
         };
         shared.state.create(&row).await?;
+        crash("stream-pinned");
         // Somebody else may have been faster: what is stored counts.
         let stored = shared.state.stream(&row.lease_key).await?;
         Ok(stored.unwrap_or(row))
     }
 
-    async fn gap(&self, reason: GapReason, detail: &str) -> Result<(), Fault> {
+    async fn gap(
+        &self,
+        reason: GapReason,
+        detail: &str,
+        shard: Option<&ShardId>,
+    ) -> Result<(), Fault> {
         let shared = &self.context.shared;
         let at = rfc3339(host_ms());
-        let gap = GapRow::new(shared.epoch, &self.context.table.name, reason, detail, at);
+        let (table, arn) = (&self.context.table.name, &self.context.stream_arn);
+        let found_ms = shared.source.clock.now_ms();
+        let mut gap = GapRow {
+            found_at: found_ms,
+            ..GapRow::new(shared.epoch, table, reason, detail, at)
+        };
+        if let Some(shard) = shard {
+            gap = gap.of_shard(shard_key(shared.epoch, table, arn, shard), found_ms);
+        }
         record_gap(&shared.state, &gap).await?;
         shared.rescan.notify_one();
         Ok(())
     }
 
-    async fn source_is_empty(&self) -> Result<bool, Fault> {
-        let shared = &self.context.shared;
-        let answer = shared
-            .source
+    /// Stores that the table is to be copied. Whoever finds that stored already takes part.
+    async fn plan_bootstrap(&self) -> Result<(), Fault> {
+        let (shared, table) = (&self.context.shared, &self.context.table);
+        let wanted = Wanted {
+            kind: JobKind::Bootstrap,
+            apply: true,
+            closes: Vec::new(),
+            verified_at_ms: None,
+        };
+        let plan = plan_of(shared, table, wanted).await?.ok_or_else(|| {
+            Fault::own(
+                Operation::DescribeTable,
+                Class::NotFound,
+                "ResourceNotFoundException",
+                "the source or the replica table is not there",
+            )
+        })?;
+        shared.state.create(&plan).await?;
+        shared.rescan.notify_one();
+        Ok(())
+    }
+
+    async fn is_empty(&self, region: &RegionClients) -> Result<bool, Fault> {
+        let answer = region
             .tables
             .scan()
-            .table_name(self.context.table.name_in(&shared.source.label))
+            .table_name(self.context.table.name_in(&region.label))
             .limit(1)
             .consistent_read(true)
             .send()

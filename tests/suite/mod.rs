@@ -5,6 +5,7 @@ pub mod faults;
 pub mod poison;
 pub mod reconcile;
 pub mod shapes;
+pub mod whole;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -247,7 +248,7 @@ pub async fn two_tables_at_once(stand: &Stand) {
 pub async fn latest_is_resolved_once(stand: &Stand) {
     let table = stand.table("orders");
     stand.create_source(&table).await;
-    let settings = format!("name = \"{table}\"\nstart = \"latest\"");
+    let settings = format!("name = \"{table}\"\nstart = \"latest\"\nbootstrap = false");
     let config = stand.config(&[&settings], "");
     provision(&config);
     put(&stand.source, &table, "before", 1).await;
@@ -276,13 +277,14 @@ pub async fn latest_is_resolved_once(stand: &Stand) {
     assert!(worker.stop().await.success());
 }
 
-/// A source that already holds items is a gap in metric, readiness and status; never a silent
-/// green.
+/// A source that already holds items, and that nobody wants copied, is a gap in metric, readiness and
+/// status; never a silent green. A person's repair closes it.
 pub async fn never_copied_is_never_green(stand: &Stand) {
     let table = stand.table("orders");
     stand.create_source(&table).await;
     put(&stand.source, &table, "old", 1).await;
-    let config = stand.config(&[&table], "");
+    let settings = format!("name = \"{table}\"\nbootstrap = false");
+    let config = stand.config(&[&settings], "");
     provision(&config);
     let worker = Worker::following(&config).await;
     let red = async || {
@@ -320,6 +322,15 @@ pub async fn never_copied_is_never_green(stand: &Stand) {
             .is_some_and(|(status, _)| status == 503)
     };
     eventually("still red after a restart", Duration::from_secs(10), red).await;
+    let repaired = run(&["reconcile", "--apply", "--config", path]);
+    assert!(repaired.status.success(), "{}", stderr(&repaired));
+    let green = async || {
+        worker
+            .get("/readyz")
+            .await
+            .is_some_and(|(status, _)| status == 200)
+    };
+    eventually("the gap is closed", Duration::from_secs(10), green).await;
     assert!(worker.stop().await.success());
 }
 

@@ -15,7 +15,8 @@ use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault, Operation};
 use crate::jobs::reconcile::segments_of;
 use crate::jobs::reconcile::strategy::Strategy;
-use crate::lease::row::{Row, StreamRow, known_table_id};
+use crate::lease::gaps;
+use crate::lease::row::{Closes, Row, StreamRow, known_table_id};
 use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
 use crate::run::start::{any_key, find_active, unusable};
@@ -52,6 +53,8 @@ pub(super) struct Pair<'a> {
     pub(super) largest_bytes: i64,
     /// What the service calls the source table.
     pub(super) source_id: Option<String>,
+    /// Gaps that are closed once the tables are equal.
+    pub(super) closes: Vec<Closes>,
 }
 
 pub(super) async fn ground<'a>(
@@ -177,6 +180,7 @@ impl<'a> Ground<'a> {
             bytes: bytes(&from) + bytes(&to),
             largest_bytes: bytes(&from).max(bytes(&to)),
             source_id: from.table_id().map(str::to_owned),
+            closes: self.closes(table).await?,
         })
     }
 
@@ -196,6 +200,36 @@ impl<'a> Ground<'a> {
                     "Create it with `farshore provision --apply`, or correct its name",
                 )
             })
+    }
+
+    /// The gaps of `table` that a repair closes which begins now, with the flow. The others stay, as what was
+    /// read before them may still be on its way.
+    async fn closes(&self, table: &Table) -> Result<Vec<Closes>, Failure> {
+        let (Some(state), true) = (&self.target_state, self.asked.apply) else {
+            return Ok(Vec::new());
+        };
+        if !self.is_with_the_flow() {
+            return Ok(Vec::new());
+        }
+        let rows = state.rows().await;
+        let rows = rows.map_err(|fault| unusable(self.target, state.name(), &fault))?;
+        let (mut shards, mut streams, mut gaps) = (Vec::new(), Vec::new(), Vec::new());
+        for row in rows {
+            match row {
+                Row::Shard(row) => shards.push(row),
+                Row::Stream(row) => streams.push(row),
+                Row::Gap(row) if row.table == table.name => gaps.push(row),
+                _ => {}
+            }
+        }
+        let ground = gaps::Ground {
+            epoch: self.epoch,
+            shards: &shards,
+            streams: &streams,
+        };
+        // Whether the owner of a lease is dead, one look cannot tell.
+        gaps.retain(|gap| ground.is_repairable(gap, |_| false));
+        Ok(gaps.iter().map(Closes::of).collect())
     }
 
     /// What is heeded while `tables` are written to.
@@ -229,7 +263,7 @@ impl<'a> Ground<'a> {
         })
     }
 
-    fn is_with_the_flow(&self) -> bool {
+    pub(super) fn is_with_the_flow(&self) -> bool {
         self.active == self.source.label
     }
 

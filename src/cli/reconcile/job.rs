@@ -14,7 +14,8 @@ use crate::jobs::reconcile::desk::{Desk, Shared, remove, stay};
 use crate::jobs::reconcile::report::Counts;
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::lease::row::{
-    Counted, FORMAT_VERSION, Progress, ReconcileRow, Row, SegmentRow, comparison_rows, comparisons,
+    Counted, FORMAT_VERSION, JobKind, Progress, ReconcileRow, Row, SegmentRow, comparison_rows,
+    comparisons,
 };
 use crate::lease::table::{StateTable, Written};
 use crate::run::owner;
@@ -86,6 +87,13 @@ impl Asked {
             }
         }
         plans.sort_by_key(|row| row.order);
+        if plans.iter().any(|row| row.kind().is_the_workers()) {
+            return Err(Failure::new(
+                format!("The job {id} cannot be gone on with by hand"),
+                "It is the workers' own, and they go on with it by themselves",
+                "Start a worker of this region with `farshore run`, or begin anew, without --resume",
+            ));
+        }
         let Some(first) = plans.first() else {
             return Err(Failure::new(
                 format!("There is no job {id} to go on with"),
@@ -204,6 +212,8 @@ impl Ground<'_> {
             ended_at_ms: None,
             verified_at_ms: None,
             too_many_deletes: None,
+            closes: pair.closes.clone(),
+            expected_s: None,
         }
     }
 
@@ -280,10 +290,13 @@ impl Ground<'_> {
                 plan.at,
                 rfc3339(until.unwrap_or_default().max(plan.until))
             ),
-            format!(
-                "Join it, or go on with it, with --resume {}; or wait until then, or until it has ended, and ask again",
-                plan.job
-            ),
+            match plan.kind().is_the_workers() {
+                true => "It is the worker's own: `farshore status` says how far it is; wait until it has ended".to_owned(),
+                false => format!(
+                    "Join it, or go on with it, with --resume {}; or wait until then, or until it has ended, and ask again",
+                    plan.job
+                ),
+            },
         ))
     }
 
@@ -341,9 +354,14 @@ impl Ground<'_> {
         let terms = flow.terms(std::time::Duration::ZERO);
         let now_ms = flow.region.clock.now_ms();
         for job in comparisons(&plans, &segments) {
-            let is_over = match job.plan.audit_pass() {
-                Some(_) => equal && job.plan.table == table,
-                None => self.is_over(&job, table, whole, now_ms),
+            let is_over = match job.plan.kind() {
+                JobKind::Asked => self.is_over(&job, table, whole, now_ms),
+                JobKind::Audit(_) => equal && job.plan.table == table,
+                // What the worker left undone is done; one at work comes to its own end.
+                JobKind::Bootstrap | JobKind::GapRepair(_) => {
+                    let is_left = job.plan.ended.is_some() && self.is_with_the_flow();
+                    equal && is_left && job.plan.table == table
+                }
             };
             if is_over {
                 let removed = remove(&terms, &job).await;

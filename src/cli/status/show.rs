@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use super::{Doubts, Found, Job, headroom_s, silence_s, silent_after_ms};
 use crate::config::read::Loaded;
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::lease::row::{PauseRow, ShardRow, WorkerRow};
+use crate::lease::row::{HowFar, JobKind, PauseRow, ShardRow, WorkerRow};
+use crate::observe::health;
 
 /// Whether a worker has written its row lately, as far as its clock and this host's agree.
 fn is_alive(row: &WorkerRow, silent_after_ms: i64) -> bool {
@@ -58,6 +59,7 @@ pub(super) fn as_json(loaded: &Loaded, found: &Found) -> Value {
             "verifiedAt": verified_ms.map(rfc3339),
         })).collect::<Vec<_>>(),
         "jobs": found.jobs.iter().map(|job| json!({
+            "kind": job.kind.label(),
             "id": job.id,
             "table": job.table,
             "source": job.source,
@@ -68,6 +70,8 @@ pub(super) fn as_json(loaded: &Loaded, found: &Found) -> Value {
             "processes": job.processes,
             "different": job.different,
             "alive": job.alive,
+            "ended": job.ended,
+            "deletesOutstanding": job.outstanding.map(|(extra, _)| extra),
         })).collect::<Vec<_>>(),
         "workers": found.workers.iter().map(|row| json!({
             "id": row.worker,
@@ -124,7 +128,48 @@ pub(super) fn as_text(loaded: &Loaded, found: &Found) -> String {
     lines.join("\n")
 }
 
+/// A line about a copy or a repair that the fleet makes by itself.
+fn by_itself(job: &Job) -> String {
+    let table = &job.table;
+    let what = match job.kind {
+        JobKind::Bootstrap => "COPYING",
+        _ => "repair of gaps",
+    };
+    let how = match (job.outstanding, job.ended) {
+        (Some((extra, allowed)), _) => format!(
+            "deletes-outstanding ({extra}): so many items of the replica are not in the source, and no more than {allowed} are deleted without a person. Look at them with `farshore reconcile --table {table} --report FILE`, then delete them with `farshore reconcile --table {table} --apply --max-deletes {extra}`"
+        ),
+        (None, true) if job.applies => {
+            "all is read, and the stream has not passed its end yet".to_owned()
+        }
+        (None, true) => format!(
+            "{} difference(s); reconcile.on_gap = \"report\"",
+            job.different
+        ),
+        (None, false) => {
+            let how_far = HowFar {
+                percent: job.percent,
+                left_s: job.left_s,
+                ended: false,
+            };
+            let by = match job.alive {
+                true => format!("{} process(es)", job.processes),
+                false => "NOBODY IS AT IT: start a worker".to_owned(),
+            };
+            format!(
+                "{}, {by}, {} difference(s) so far",
+                health::progress(how_far),
+                job.different
+            )
+        }
+    };
+    format!("  {what} {} -> {}: {how}", job.source, job.target)
+}
+
 fn compared(job: &Job) -> String {
+    if job.kind.is_the_workers() {
+        return by_itself(job);
+    }
     let does = match job.applies {
         true => "repairs",
         false => "compares",

@@ -16,6 +16,7 @@ use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{Progress, ReconcileRow, Row, SegmentRow};
 use crate::lease::rules::take_name;
 use crate::lease::table::Written;
+use crate::mutation::crash;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -247,6 +248,12 @@ impl Shared {
             if let Some(counts) = known.ended {
                 return Ok((counts, known.too_many_deletes));
             }
+            // Before it has ended: nobody would close them then.
+            if too_many.is_none() && known.closes_gaps(&counts) {
+                self.close(&known)
+                    .await
+                    .map_err(|fault| self.failed(fault))?;
+            }
             let counter = known.lease_counter;
             let ended = ReconcileRow {
                 ended: Some(counts.clone()),
@@ -267,6 +274,21 @@ impl Shared {
             let read = state.reconcile(&ended.lease_key).await;
             plan = read.map_err(|fault| self.failed(fault))?;
         }
+    }
+
+    /// Closes the gaps that the job was begun after. One that was found again since stays open.
+    async fn close(&self, plan: &ReconcileRow) -> Result<(), Fault> {
+        for gap in &plan.closes {
+            let closed = self.terms.state.close_gap(&gap.key, gap.counter).await?;
+            tracing::info!(
+                table = plan.table,
+                gap = gap.key,
+                closed = closed == Written::Yes,
+                "gap closed: the replica equals its source, as far as this gap goes"
+            );
+        }
+        crash("gap-closed");
+        Ok(())
     }
 
     async fn forget(

@@ -16,7 +16,7 @@ use crate::apply::conditional::Put;
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::transmit::Bound;
-use crate::dynamo::value::{Item, same_item};
+use crate::dynamo::value::{Item, item_bytes, same_item};
 use crate::error::{Fault, Operation};
 use crate::lease::hold::Hold;
 use crate::lease::row::SegmentRow;
@@ -24,6 +24,8 @@ use crate::repair::{self, Repairer, Unfinished};
 
 /// Batches repaired at once.
 const REPAIRS_AT_ONCE: usize = 4;
+/// A consistent read unit.
+const UNIT_BYTES: usize = 4_096;
 /// How often an item of a source that changes all the time is put.
 const PUTS_MAX: usize = 10;
 
@@ -65,6 +67,14 @@ pub(super) struct Mended {
 
 /// Repairs `keys`.
 pub(super) async fn mend(segment: &Segment<'_>, keys: Vec<ItemKey>) -> Mended {
+    mend_read(segment, keys.into_iter().map(|key| (key, None)).collect()).await
+}
+
+/// A key, and its item in the source where that was read before.
+pub(super) type Read = (ItemKey, Option<Arc<Item>>);
+
+/// As [`mend`], of keys whose items may have been read before.
+pub(super) async fn mend_read(segment: &Segment<'_>, keys: Vec<Read>) -> Mended {
     let (Some(repairs), Some(kept)) = (&segment.job.repairs, &segment.kept) else {
         return Mended::default();
     };
@@ -98,45 +108,45 @@ struct Mender<'a> {
 }
 
 impl Mender<'_> {
-    async fn mend(&self, keys: &[ItemKey], failed: &AtomicBool) -> Mended {
+    async fn mend(&self, read: &[Read], failed: &AtomicBool) -> Mended {
         if failed.load(Ordering::Relaxed) {
             return Mended::default();
         }
+        let keys = || read.iter().map(|(key, _)| key.clone()).collect::<Vec<_>>();
         let mended = match &self.segment.job.strategy {
-            Strategy::Mirror => self.mirror(keys).await,
-            Strategy::Fill => self.put(keys, None).await,
-            Strategy::Newest(attribute) => self.put(keys, Some(attribute)).await,
+            Strategy::Mirror => self.mirror(read).await,
+            Strategy::Fill => self.put(&keys(), None).await,
+            Strategy::Newest(attribute) => self.put(&keys(), Some(attribute)).await,
         };
         failed.fetch_or(mended.ended.is_some(), Ordering::Relaxed);
         mended
     }
 
     /// Makes items as the source has them.
-    async fn mirror(&self, keys: &[ItemKey]) -> Mended {
-        match self.mirror_once(keys).await {
+    async fn mirror(&self, read: &[Read]) -> Mended {
+        let keys: Vec<ItemKey> = read.iter().map(|(key, _)| key.clone()).collect();
+        match self.mirror_once(read).await {
             // One hot key must not keep its neighbours.
             (Err(Unfinished::Unsettled), _) if keys.len() > 1 => {
                 let mut all = Mended::default();
                 for key in keys {
-                    let one = std::slice::from_ref(key);
-                    let (repaired, _) = self.mirror_once(one).await;
+                    let (repaired, _) = self.mirror_once(&[(key.clone(), None)]).await;
                     // Whatever was written above is verified by this one, or is not.
-                    let mended = self.note(one, repaired, true);
+                    let mended = self.note(&[key], repaired, true).await;
                     all.fates.extend(mended.fates);
                     all.ended = all.ended.or(mended.ended);
                 }
                 all
             }
-            (repaired, wrote) => self.note(keys, repaired, wrote),
+            (repaired, wrote) => self.note(&keys, repaired, wrote).await,
         }
     }
 
     /// Repairs a few keys, and says whether anything was written, or may have been.
-    async fn mirror_once(&self, keys: &[ItemKey]) -> (Result<repair::Repaired, Unfinished>, bool) {
+    async fn mirror_once(&self, keys: &[Read]) -> (Result<repair::Repaired, Unfinished>, bool) {
         let job = self.segment.job;
-        // Each is read on both sides, and in the source once more.
-        let units = u32::try_from(keys.len()).unwrap_or(u32::MAX);
-        tokio::join!(job.source.pace(units * 2), job.target.pace(units));
+        let (on_source, on_target) = units_of(keys);
+        tokio::join!(job.source.pace(on_source), job.target.pace(on_target));
         let wrote = AtomicBool::new(false);
         let repairer = Repairer {
             source: (&job.source.region().tables, job.source.table()),
@@ -145,13 +155,18 @@ impl Mender<'_> {
             bound: Arc::clone(self.hold) as _,
             stop: &job.stop,
             keep_expired: job.keep_expired.clone(),
+            flows: job.eager,
             wrote: Some(&wrote),
         };
-        let repaired = repairer.repair(keys.iter().map(ItemKey::to_keys)).await;
+        let keys = keys.iter();
+        let keys: Vec<(Item, Option<Arc<Item>>)> = keys
+            .map(|(key, item)| (key.to_keys(), item.clone()))
+            .collect();
+        let repaired = repairer.repair_read(keys).await;
         (repaired, wrote.into_inner())
     }
 
-    fn note(
+    async fn note(
         &self,
         keys: &[ItemKey],
         repaired: Result<repair::Repaired, Unfinished>,
@@ -160,12 +175,29 @@ impl Mender<'_> {
         let all = |fate: Fate| keys.iter().map(|key| (key.clone(), fate)).collect();
         let ended = match repaired {
             Ok(repaired) => {
-                let refused: HashSet<ItemKey> = repaired
-                    .refused
-                    .iter()
-                    .inspect(|refused| self.refuses(&refused.fault))
-                    .map(|refused| refused.change.key.clone())
-                    .collect();
+                let mut refused: HashSet<ItemKey> = HashSet::new();
+                if let Some(hears) = &self.repairs.heard_by {
+                    hears.applied(repaired.written);
+                }
+                for one in &repaired.refused {
+                    self.refuses(&one.fault);
+                    if let Some(hears) = &self.repairs.heard_by {
+                        let heard = hears.refused(one, &self.segment.job.stop).await;
+                        if let Err(unfinished) = heard {
+                            // The others are right; all of them are met again.
+                            return Mended {
+                                fates: Vec::new(),
+                                ended: Some(match unfinished {
+                                    Unfinished::Failed(fault) | Unfinished::Unanswered(fault) => {
+                                        self.failed(fault)
+                                    }
+                                    Unfinished::Unsettled | Unfinished::Stopped => self.stopped(),
+                                }),
+                            };
+                        }
+                    }
+                    refused.insert(one.change.key.clone());
+                }
                 let fate = |key: &ItemKey| match refused.contains(key) {
                     true => Fate::Refused,
                     false => Fate::Repaired,
@@ -386,6 +418,22 @@ impl Mender<'_> {
             Put::Done | Put::Held | Put::Stopped => Next::Stops(self.stopped()),
         }
     }
+}
+
+/// Read units that a repair of `keys` takes on either side, about: each is read on both sides, and in the
+/// source once more; one whose item is in hand, once in the source.
+fn units_of(keys: &[Read]) -> (u32, u32) {
+    let mut units = (0, 0);
+    for (_, item) in keys {
+        match item {
+            Some(item) => units.0 += (item_bytes(item) / UNIT_BYTES + 1) as u32,
+            None => {
+                units.0 += 2;
+                units.1 += 1;
+            }
+        }
+    }
+    units
 }
 
 /// What is next for a key that is put.

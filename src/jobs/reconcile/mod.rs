@@ -34,6 +34,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +44,7 @@ use crate::config::MaxDeletes;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::value::Item;
 use crate::error::{Fault, Policy};
-use crate::repair::KeepExpired;
+use crate::repair::{KeepExpired, Refused, Unfinished};
 use book::extra_of;
 use desk::{Claim, Desk, Rows, Shared};
 use flow::FlowSource;
@@ -100,14 +101,29 @@ pub enum Ended {
     File(std::io::Error),
 }
 
+/// Who hears what becomes of the items that a job writes.
+pub trait Hears: Send + Sync {
+    /// The target took so many.
+    fn applied(&self, items: usize);
+
+    /// The target refuses an item for good. It counts as refused only once this is done.
+    fn refused<'a>(
+        &'a self,
+        refused: &'a Refused,
+        stop: &'a CancellationToken,
+    ) -> BoxFuture<'a, Result<(), Unfinished>>;
+}
+
 /// What repairs need.
 pub struct Repairs {
     /// Writes to the target.
-    pub writer: Writer,
+    pub writer: Arc<Writer>,
     /// Writes to the target on condition.
     pub conditional: Conditional,
     /// How many items may be deleted.
     pub max_deletes: MaxDeletes,
+    /// Who hears of them; nobody where only counts matter.
+    pub heard_by: Option<Arc<dyn Hears>>,
     /// How long a write without an answer may still take effect.
     pub late_effect: Duration,
 }
@@ -140,6 +156,10 @@ pub struct Reconcile {
     pub flow: Option<FlowSource>,
     /// What becomes of differences.
     pub strategy: Strategy,
+    /// What the scan of the source saw differ is repaired by key as it comes: nobody asks whether it
+    /// differs or is in flight, as the result is the same. What only the target holds waits until the
+    /// scan has ended and the changes of before are applied, however long that takes.
+    pub eager: bool,
     /// Without them nothing is changed.
     pub repairs: Option<Repairs>,
     /// Where differences are written one by one.
@@ -379,7 +399,7 @@ impl Reconcile {
             let in_row = left.segment.kept.as_ref().map(|kept| kept.hold.row());
             let in_row = in_row.map_or(Vec::new(), |row| extra_of(&row));
             let spilled = match left.rest.extra.take() {
-                Some(spill) => Some(spill.read().map_err(Ended::File)?),
+                Some(spill) => Some(spill.read().map_err(Ended::File)?.map(without_number)),
                 None => None,
             };
             let in_row = in_row.into_iter().map(Ok);
@@ -494,6 +514,10 @@ impl Reconcile {
 pub fn segments_of(bytes: i64) -> u32 {
     let parts = bytes / SEGMENT_BYTES + 1;
     u32::try_from(parts).map_or(SEGMENTS_CHOSEN_MAX, |n| n.min(SEGMENTS_CHOSEN_MAX))
+}
+
+fn without_number(spilled: std::io::Result<(ItemKey, u64)>) -> std::io::Result<ItemKey> {
+    spilled.map(|(key, _)| key)
 }
 
 /// The next keys that are deleted together: they stand in the row meanwhile.

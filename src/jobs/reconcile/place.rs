@@ -1,6 +1,7 @@
 //! One of the two tables: reading it within its budget, and waiting for what passes by itself.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -28,7 +29,7 @@ pub struct Place {
     table: String,
     /// What reading it by key is called in errors.
     reading: Operation,
-    budget: Budget,
+    budget: RwLock<(Option<u32>, Arc<Budget>)>,
     /// Thousandths of read units spent so far.
     milliunits: AtomicU64,
     stop: CancellationToken,
@@ -47,10 +48,23 @@ impl Place {
             region: region.clone(),
             table: table.to_owned(),
             reading,
-            budget: Budget::new(units_per_second),
+            budget: RwLock::new((units_per_second, Arc::new(Budget::new(units_per_second)))),
             milliunits: AtomicU64::new(0),
             stop: stop.clone(),
         }
+    }
+
+    /// Reads with so many units per second from now on: others share what there is.
+    pub fn set_units(&self, units_per_second: Option<u32>) {
+        let mut budget = self.budget.write().unwrap_or_else(PoisonError::into_inner);
+        if budget.0 != units_per_second {
+            *budget = (units_per_second, Arc::new(Budget::new(units_per_second)));
+        }
+    }
+
+    fn budget(&self) -> Arc<Budget> {
+        let budget = self.budget.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&budget.1)
     }
 
     /// The region's clients.
@@ -113,8 +127,9 @@ impl Place {
 
     /// Waits until so many units may be spent.
     pub(super) async fn pace(&self, units: u32) {
+        let budget = self.budget();
         tokio::select! {
-            () = self.budget.spend(units) => {}
+            () = budget.spend(units) => {}
             () = self.stop.cancelled() => {}
         }
     }

@@ -90,6 +90,19 @@ impl Counts {
         self.missing + self.changed + self.extra
     }
 
+    /// Whether nothing differs any more. `lettered`: what the target refuses stands in the dead letters.
+    pub fn is_whole(&self, lettered: bool) -> bool {
+        let open = match lettered {
+            true => {
+                self.different()
+                    .saturating_sub(self.repaired + self.refused)
+                    + self.left
+            }
+            false => self.remaining(),
+        };
+        open + self.unsettled + self.unverified == 0
+    }
+
     /// Differences that are still there, and keys nobody can speak for.
     pub fn remaining(&self) -> u64 {
         let open = self.different().saturating_sub(self.repaired);

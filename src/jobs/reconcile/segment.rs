@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -20,12 +20,15 @@ use super::{Ended, InHand, Reconcile, VERIFY_ROUNDS, key_of};
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::BATCH_KEYS_MAX;
-use crate::dynamo::value::Item;
+use crate::dynamo::value::{Item, item_bytes};
 use crate::lease::hold::Hold;
 use crate::lease::row::SegmentRow;
+use crate::mutation::crash;
 
 /// Suspects that wait to be looked at.
 const SUSPECTS_MAX: usize = 2_500;
+/// KiB of items that wait to be written.
+const ITEMS_KIB_MAX: u32 = 8 << 10;
 /// Pages by which one side of a part may be ahead of the other.
 const AHEAD_MAX: u64 = 2;
 
@@ -39,6 +42,25 @@ const IN_VAIN_MIN: u64 = 200;
 pub(super) struct Suspect {
     pub(super) key: ItemKey,
     pub(super) origins: Vec<Origin>,
+    /// Its item in the source, where an eager job has it in hand.
+    pub(super) read: Option<InMemory>,
+}
+
+/// An item in memory, and the right to hold it there.
+#[derive(Debug, Clone)]
+pub(super) struct InMemory {
+    pub(super) item: Arc<Item>,
+    _room: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+impl InMemory {
+    /// An item that is held for a moment only.
+    pub(super) fn of(item: Item) -> Self {
+        Self {
+            item: Arc::new(item),
+            _room: None,
+        }
+    }
 }
 
 /// A segment that is read.
@@ -52,6 +74,8 @@ pub(super) struct Segment<'a> {
     unverified: AtomicU64,
     /// What was put on condition, or may have been, by its key.
     puts: Mutex<HashMap<ItemKey, Option<Digest>>>,
+    /// Room for items that wait to be written, in KiB.
+    room: Arc<Semaphore>,
 }
 
 impl<'a> Segment<'a> {
@@ -64,6 +88,7 @@ impl<'a> Segment<'a> {
             kept: None,
             unverified: AtomicU64::new(0),
             puts: Mutex::default(),
+            room: Arc::new(Semaphore::new(ITEMS_KIB_MAX as usize)),
         }
     }
 
@@ -84,6 +109,7 @@ impl<'a> Segment<'a> {
             book,
             unverified: AtomicU64::new(0),
             puts: Mutex::default(),
+            room: Arc::new(Semaphore::new(ITEMS_KIB_MAX as usize)),
         }
     }
 
@@ -129,6 +155,7 @@ impl<'a> Segment<'a> {
     /// Everything of it was read and settled: its row says so, and anybody may delete what is to be
     /// deleted. `mended`: what was repaired since and is not counted yet.
     pub(super) async fn reading_ends(mut self, mended: &Counts) -> Result<(), Ended> {
+        crash("segment-read");
         self.settled(mended);
         let scanned = self.scanned();
         let deletes = self.job.repairs.is_some();
@@ -367,11 +394,13 @@ impl<'a> Segment<'a> {
         let place = Arc::clone(self.place(side));
         let segment = (self.number as i32, self.job.segments.max(1) as i32);
         let key_names = Arc::clone(&self.job.key_names);
+        let keeps = self.job.eager && side == Side::Source;
         Some(AbortOnDropHandle::new(tokio::spawn(async move {
             let page = place.scan(segment, after).await?;
-            let entries = page.items.into_iter().map(|item| {
-                let digest = Digest::of_item(&item);
-                (key_of(&key_names, &item), digest)
+            let entries = page.items.into_iter().map(|item| Entry {
+                digest: Digest::of_item(&item),
+                key: key_of(&key_names, &item),
+                item: keeps.then_some(item),
             });
             Ok(Page {
                 entries: entries.collect(),
@@ -407,16 +436,17 @@ impl<'a> Segment<'a> {
         &self,
         join: &mut Join<ItemKey>,
         origin: Origin,
-        entries: Vec<(ItemKey, Option<Digest>)>,
+        entries: Vec<Entry>,
         suspects: &mpsc::Sender<Suspect>,
     ) -> Result<(), Ended> {
-        for (key, digest) in entries {
+        for Entry { key, digest, item } in entries {
             let met = join.meet(origin, key, digest);
-            self.met(met, origin, suspects).await?;
+            self.met(met, origin, item, suspects).await?;
         }
         if self.next(origin.side).is_none() {
             for (key, origin) in join.end(origin.side) {
-                self.met(Met::Suspect(key, None), origin, suspects).await?;
+                self.met(Met::Suspect(key, None), origin, None, suspects)
+                    .await?;
             }
         }
         Ok(())
@@ -437,6 +467,7 @@ impl<'a> Segment<'a> {
         &self,
         met: Met<ItemKey>,
         origin: Origin,
+        item: Option<Item>,
         suspects: &mpsc::Sender<Suspect>,
     ) -> Result<(), Ended> {
         let both = |partner: Option<Origin>| [Some(origin), partner].into_iter().flatten();
@@ -451,6 +482,10 @@ impl<'a> Segment<'a> {
                 let suspect = Suspect {
                     key,
                     origins: both(partner).collect(),
+                    read: match item {
+                        Some(item) => Some(self.hold(item).await),
+                        None => None,
+                    },
                 };
                 let one = Counts {
                     suspects: 1,
@@ -461,6 +496,18 @@ impl<'a> Segment<'a> {
                 // Refused only when the settler has ended, and then its reason is told.
                 suspects.send(suspect).await.map_err(|_| Ended::Stopped)
             }
+        }
+    }
+
+    /// Holds an item in memory, once there is room for it.
+    async fn hold(&self, item: Item) -> InMemory {
+        let kib = u32::try_from(item_bytes(&item) >> 10).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.room);
+        // It is never closed.
+        let room = room.acquire_many_owned(kib.saturating_add(1).min(ITEMS_KIB_MAX));
+        InMemory {
+            item: Arc::new(item),
+            _room: room.await.ok().map(Arc::new),
         }
     }
 
@@ -522,7 +569,7 @@ impl<'a> Segment<'a> {
                         false => scan.in_time += 1,
                     }
                     let met = scan.join.looked_up(look, there);
-                    self.met(met, origin, suspects).await?;
+                    self.met(met, origin, None, suspects).await?;
                 }
             }
         }
@@ -530,9 +577,17 @@ impl<'a> Segment<'a> {
     }
 }
 
+/// An item as it is met.
+struct Entry {
+    key: ItemKey,
+    digest: Option<Digest>,
+    /// The item itself, where it may be written at once.
+    item: Option<Item>,
+}
+
 /// A page as it is met: what stands for its items.
 struct Page {
-    entries: Vec<(ItemKey, Option<Digest>)>,
+    entries: Vec<Entry>,
     next: Option<Item>,
     units: f64,
 }

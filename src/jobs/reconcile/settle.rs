@@ -1,6 +1,7 @@
 //! Looks at suspects until they are settled, and has those that differ repaired.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
@@ -9,10 +10,11 @@ use tokio::sync::mpsc::error::TryRecvError;
 
 use super::join::Side;
 use super::judge::{Flow, Held, Kind, Suspicion, Verdict};
-use super::mend::{Fate, mend};
+use super::ledger::Origin;
+use super::mend::{Fate, mend_read};
 use super::report::{Counts, Line};
-use super::segment::{Segment, Suspect};
-use super::spill::Spill;
+use super::segment::{InMemory, Segment, Suspect};
+use super::spill::{Spill, Spilled};
 use super::strategy::Deed;
 use super::{Ended, LOT_BYTES_MAX};
 use crate::dynamo::clock::host_ms;
@@ -31,6 +33,10 @@ const LOOKS_IN_SETTLE: u32 = 2;
 /// worker is known to be dead.
 const PATIENT_SETTLES: u32 = 12;
 const PATIENT_FLOWS: u32 = 3;
+/// Longer than anything takes.
+const PATIENT_FOR_EVER: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+/// How often the flow is asked after that has to pass.
+const FLOW_ASKED_EVERY: Duration = Duration::from_secs(1);
 /// Keys remembered as judged; with more, they are forgotten and may be reported twice.
 const JUDGED_MAX: usize = 100_000;
 /// Keys gathered before they are repaired.
@@ -47,6 +53,12 @@ pub(super) struct Settler<'a> {
     open: HashMap<Digest, Vec<super::ledger::Origin>>,
     /// Those that were called different.
     judged: HashSet<Digest>,
+    /// Whether no more suspects come.
+    is_scanned: bool,
+    /// Keys that the source lacks, of an eager job: judged once the scan has ended.
+    later: Option<Spill>,
+    /// The same, once it has.
+    now: Option<Spilled>,
     rest: Rest,
 }
 
@@ -93,6 +105,9 @@ impl<'a> Settler<'a> {
             differ: Vec::new(),
             open: HashMap::new(),
             judged: HashSet::new(),
+            is_scanned: false,
+            later: None,
+            now: None,
             rest: Rest::default(),
         }
     }
@@ -117,18 +132,24 @@ impl<'a> Settler<'a> {
                     }
                 }
             }
+            if is_over {
+                self.is_scanned = true;
+                self.take_later().await?;
+            }
             let due = self.take_due();
             if !due.is_empty() {
                 self.look(due).await?;
                 continue;
             }
-            if self.waiting.is_empty() && is_over {
-                self.mend_differing().await?;
-                return Ok(self.rest);
-            }
             if !self.differ.is_empty() {
                 self.mend_differing().await?;
                 continue;
+            }
+            if self.waiting.is_empty() && is_over {
+                match self.now.is_some() {
+                    true => continue,
+                    false => return Ok(self.rest),
+                }
             }
             let next = self.waiting.front().map(|open| open.due);
             let pause = next.map_or(Duration::from_secs(3_600), |due| {
@@ -153,7 +174,61 @@ impl<'a> Settler<'a> {
             origins.extend(suspect.origins);
         } else {
             self.open.insert(id, suspect.origins.clone());
-            self.fresh.push_back(suspect);
+            let is_on = |side| suspect.origins.iter().any(|origin| origin.side == side);
+            if self.segment.job.eager && is_on(Side::Source) {
+                let kind = match is_on(Side::Target) {
+                    true => Kind::Changed,
+                    false => Kind::Missing,
+                };
+                self.mends(suspect, id, kind);
+            } else {
+                self.fresh.push_back(suspect);
+            }
+        }
+    }
+
+    /// The scan has ended: what the source lacked is judged, once the changes of before are applied. Much
+    /// of it is gone by then.
+    async fn take_later(&mut self) -> Result<(), Ended> {
+        if let Some(spill) = self.later.take() {
+            // What is in hand until now need not wait for that.
+            self.mend_differing().await?;
+            self.until_passed().await?;
+            self.now = Some(spill.read().map_err(Ended::File)?);
+        }
+        while self.fresh.len() + self.waiting.len() < OPEN_MAX {
+            let Some(spilled) = self.now.as_mut().and_then(Iterator::next) else {
+                self.now = None;
+                return Ok(());
+            };
+            let (key, page) = spilled.map_err(Ended::File)?;
+            let side = Side::Target;
+            self.take_in(Suspect {
+                key,
+                origins: vec![Origin { side, page }],
+                read: None,
+            });
+        }
+        Ok(())
+    }
+
+    /// Returns once the changes that the source has now are applied.
+    async fn until_passed(&self) -> Result<(), Ended> {
+        let job = self.segment.job;
+        let Some(flow) = &job.flow else {
+            return Ok(());
+        };
+        let now_ms = job.source.region().clock.now_ms();
+        loop {
+            match flow.ask(&job.table).await? {
+                Flow::Still => return Ok(()),
+                Flow::Until(until_ms) if until_ms >= now_ms => return Ok(()),
+                Flow::Until(_) | Flow::Unknown => {}
+            }
+            tokio::select! {
+                () = tokio::time::sleep(FLOW_ASKED_EVERY) => {}
+                () = job.stop.cancelled() => return Err(Ended::Stopped),
+            }
         }
     }
 
@@ -238,6 +313,9 @@ impl<'a> Settler<'a> {
             Some(item) => Held::Item(Digest::of_item(item)),
         };
         let (from, to) = (held(&source), held(&target));
+        if job.eager && self.is_decided(&open.key, id, from, to, source.as_ref())? {
+            return Ok(());
+        }
         let patience_ms = self.patience().as_millis() as i64;
         let Some(verdict) = open.suspicion.look(from, to, at_ms, flow, patience_ms) else {
             // Not in step with anything that happens at even intervals.
@@ -279,6 +357,54 @@ impl<'a> Settler<'a> {
         self.differs(open.key, id, kind, deed)
     }
 
+    /// An eager job judges nothing but what only the target holds, and that when the scan has ended.
+    fn is_decided(
+        &mut self,
+        key: &ItemKey,
+        id: Digest,
+        from: Held,
+        to: Held,
+        source: Option<&Item>,
+    ) -> Result<bool, Ended> {
+        match (from, to) {
+            (Held::Nothing, Held::Nothing) => self.close(id),
+            (Held::Item(one), Held::Item(other)) if one.is_some() && one == other => self.close(id),
+            (Held::Item(_), _) => {
+                let kind = match to {
+                    Held::Nothing => Kind::Missing,
+                    Held::Item(_) => Kind::Changed,
+                };
+                let origins = self.open.get(&id).cloned().unwrap_or_default();
+                let suspect = Suspect {
+                    key: key.clone(),
+                    origins,
+                    read: source.cloned().map(InMemory::of),
+                };
+                self.mends(suspect, id, kind);
+            }
+            (Held::Nothing, Held::Item(_)) if self.is_scanned => return Ok(false),
+            (Held::Nothing, Held::Item(_)) => {
+                let later = match self.later.take() {
+                    Some(spill) => Ok(spill),
+                    None => Spill::new(),
+                };
+                let later = self.later.insert(later.map_err(Ended::File)?);
+                for origin in self.open.remove(&id).unwrap_or_default() {
+                    later.push(key, origin.page).map_err(Ended::File)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// A key is to be made as in the source.
+    fn mends(&mut self, suspect: Suspect, id: Digest, kind: Kind) {
+        if !self.segment.book.ledger().is_known(id) {
+            self.segment.job.found.add(&Counts::of(kind));
+        }
+        self.differ.push(Differing { suspect, kind });
+    }
+
     /// A key differs: what becomes of it?
     fn differs(&mut self, key: ItemKey, id: Digest, kind: Kind, deed: Deed) -> Result<(), Ended> {
         let mut counts = Counts::of(kind);
@@ -302,16 +428,17 @@ impl<'a> Settler<'a> {
                         None => Spill::new(),
                     };
                     let spill = self.rest.extra.insert(spill.map_err(Ended::File)?);
-                    spill.push(&key).map_err(Ended::File)?;
+                    spill.push(&key, 0).map_err(Ended::File)?;
                 }
             }
             (Deed::Mirror | Deed::Put, Some(_)) => {
-                if !self.segment.book.ledger().is_known(id) {
-                    self.segment.job.found.add(&counts);
-                }
                 let origins = self.open.get(&id).cloned().unwrap_or_default();
-                let suspect = Suspect { key, origins };
-                self.differ.push(Differing { suspect, kind });
+                let suspect = Suspect {
+                    key,
+                    origins,
+                    read: None,
+                };
+                self.mends(suspect, id, kind);
             }
         }
         Ok(())
@@ -382,7 +509,14 @@ impl<'a> Settler<'a> {
         let keys = differing.iter().map(|one| one.suspect.key.clone());
         let keys: Vec<ItemKey> = keys.collect();
         self.segment.mends(&keys).await?;
-        let mended = mend(self.segment, keys).await;
+        let read = differing.iter().map(|one| {
+            let read = one.suspect.read.as_ref();
+            (
+                one.suspect.key.clone(),
+                read.map(|read| Arc::clone(&read.item)),
+            )
+        });
+        let mended = mend_read(self.segment, read.collect()).await;
         let mut fates: HashMap<ItemKey, Fate> = mended.fates.into_iter().collect();
         for Differing { suspect, kind } in differing {
             let id = Digest::of_key(&suspect.key);
@@ -417,6 +551,9 @@ impl<'a> Settler<'a> {
 
     fn patience(&self) -> Duration {
         let job = self.segment.job;
+        if job.eager {
+            return PATIENT_FOR_EVER;
+        }
         let flow = job.flow.as_ref().map_or(Duration::ZERO, |f| f.patience());
         job.settle * PATIENT_SETTLES + flow * PATIENT_FLOWS
     }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Counted, FORMAT_VERSION, Row};
+use super::{Counted, FORMAT_VERSION, GapRow, Row};
 use crate::jobs::reconcile::report::Counts;
 use crate::lease::hold::Holdable;
 
@@ -61,22 +61,109 @@ pub struct ReconcileRow {
     /// More would have been deleted than may be, and nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub too_many_deletes: Option<(u64, u64)>,
+    /// Gaps that are closed once it has found or made the tables equal: those it began after.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub closes: Vec<Closes>,
+    /// Seconds that it takes, as was said before it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_s: Option<u64>,
 }
 
-/// What the jobs of audits are called, before their epochs and numbers.
-const AUDIT: &str = "audit";
+/// A gap as it stood when a job began: found again since, it is another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closes {
+    /// Key of its row.
+    pub key: String,
+    /// Counter of its row.
+    pub counter: u64,
+}
+
+impl Closes {
+    /// `gap` as it stands.
+    pub fn of(gap: &GapRow) -> Self {
+        Self {
+            key: gap.lease_key.clone(),
+            counter: gap.lease_counter,
+        }
+    }
+}
+
+/// Who wanted a comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobKind {
+    /// A person.
+    Asked,
+    /// The audit: this pass of it.
+    Audit(u64),
+    /// The worker: the first copy of a table.
+    Bootstrap,
+    /// The worker: this repair of a table's gaps.
+    GapRepair(u64),
+}
+
+impl JobKind {
+    /// The name in metrics and answers.
+    pub const fn label(self) -> &'static str {
+        match self {
+            JobKind::Asked => "reconcile",
+            JobKind::Audit(_) => "audit",
+            JobKind::Bootstrap => "bootstrap",
+            JobKind::GapRepair(_) => "gap-repair",
+        }
+    }
+
+    /// Whether the fleet works at it by itself: nobody goes on with it by hand.
+    pub const fn is_the_workers(self) -> bool {
+        !matches!(self, JobKind::Asked)
+    }
+
+    /// The job's name in this epoch. A person's has a name of its own.
+    pub fn job(self, epoch: u64) -> String {
+        let label = self.label();
+        match self {
+            JobKind::Asked | JobKind::Bootstrap => format!("{label}-{epoch}"),
+            JobKind::Audit(number) | JobKind::GapRepair(number) => {
+                format!("{label}-{epoch}-{number}")
+            }
+        }
+    }
+}
 
 impl ReconcileRow {
-    /// The job of the pass `number` of audits.
-    pub fn audit_job(epoch: u64, number: u64) -> String {
-        format!("{AUDIT}-{epoch}-{number}")
+    /// Who wanted it.
+    pub fn kind(&self) -> JobKind {
+        if self.job == JobKind::Bootstrap.job(self.epoch) {
+            return JobKind::Bootstrap;
+        }
+        let number = self.job.rsplit_once('-').and_then(|(_, n)| n.parse().ok());
+        let number: u64 = number.unwrap_or_default();
+        [JobKind::Audit(number), JobKind::GapRepair(number)]
+            .into_iter()
+            .find(|kind| kind.job(self.epoch) == self.job)
+            .unwrap_or(JobKind::Asked)
     }
 
     /// The number of the pass, where it is one of an audit in this epoch.
     pub fn audit_pass(&self) -> Option<u64> {
-        let (name, number) = self.job.rsplit_once('-')?;
-        let is_audit = name == format!("{AUDIT}-{}", self.epoch);
-        number.parse().ok().filter(|_| is_audit)
+        match self.kind() {
+            JobKind::Audit(number) => Some(number),
+            _ => None,
+        }
+    }
+
+    /// Whether it has ended with the tables equal, but for items that stand in the dead letters: a worker
+    /// letters what the target refuses, and nobody else does.
+    pub fn is_whole(&self) -> bool {
+        let lettered = self.kind().is_the_workers();
+        let ended = self.ended.as_ref();
+        self.too_many_deletes.is_none() && ended.is_some_and(|counts| counts.is_whole(lettered))
+    }
+
+    /// Whether `counts`, found at its end, close the gaps it was begun after. What a person only compares
+    /// changes nothing.
+    pub fn closes_gaps(&self, counts: &Counts) -> bool {
+        let is_the_workers = self.kind().is_the_workers();
+        (self.apply || is_the_workers) && counts.is_whole(self.apply && is_the_workers)
     }
 
     /// When the last pass of an audit began that found both tables equal, in milliseconds.
@@ -224,6 +311,9 @@ impl Holdable for SegmentRow {
     }
 }
 
+/// Before this part of the items is read, the pace so far says nothing.
+const FIRST_PART: f64 = 0.01;
+
 /// A comparison as the state table shows it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Progress<'a> {
@@ -279,6 +369,53 @@ pub fn audited(jobs: &[Progress<'_>], epoch: u64, table: &str) -> Option<(Option
     ))
 }
 
+/// What the fleet does by itself for a table to be whole, and what it leaves to a person.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Mending {
+    /// The first copy.
+    pub copying: Option<HowFar>,
+    /// The repair of gaps.
+    pub repairing: Option<HowFar>,
+    /// So many items of the replica are not in the source, and so many may be deleted.
+    pub outstanding: Option<(u64, u64)>,
+}
+
+/// How far a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HowFar {
+    /// Percent of the items that were read, about.
+    pub percent: u32,
+    /// Seconds until the end, about; `None` where nobody can say.
+    pub left_s: Option<u64>,
+    /// Its own work is done.
+    pub ended: bool,
+}
+
+impl Mending {
+    /// Of `table`, by all comparisons.
+    pub fn of(jobs: &[Progress<'_>], epoch: u64, table: &str, now_ms: i64) -> Self {
+        let mut mending = Self::default();
+        let of_table = |job: &&Progress<'_>| job.plan.table == table && job.plan.epoch == epoch;
+        for job in jobs.iter().filter(of_table) {
+            let ended = job.plan.ended.is_some();
+            let how_far = HowFar {
+                percent: (job.part() * 100.0) as u32,
+                left_s: if ended { None } else { job.left_s(now_ms) },
+                ended,
+            };
+            let too_many = job.plan.too_many_deletes;
+            match job.plan.kind() {
+                JobKind::Asked | JobKind::Audit(_) => continue,
+                JobKind::Bootstrap => mending.copying = too_many.is_none().then_some(how_far),
+                JobKind::GapRepair(_) if ended => {}
+                JobKind::GapRepair(_) => mending.repairing = Some(how_far),
+            }
+            mending.outstanding = mending.outstanding.max(too_many);
+        }
+        mending
+    }
+}
+
 impl Progress<'_> {
     /// Whether somebody is at it at `now_ms`, or its last writes may still take effect.
     pub fn is_alive(&self, now_ms: i64) -> bool {
@@ -309,8 +446,24 @@ impl Progress<'_> {
         self.segments.iter().filter(|row| row.done).count()
     }
 
+    /// Seconds until its end, about, at the pace so far; as was said beforehand where it has just begun.
+    /// `None` where nobody can say.
+    pub fn left_s(&self, now_ms: i64) -> Option<u64> {
+        let part = self.part();
+        let took_s = (now_ms - self.plan.at_ms).max(0) as f64 / 1_000.0;
+        let left = |whole_s: f64| Some((whole_s * (1.0 - part)) as u64);
+        match (part >= FIRST_PART, self.plan.expected_s) {
+            (true, _) => left(took_s / part),
+            (false, Some(expected_s)) => left(expected_s as f64),
+            (false, None) => None,
+        }
+    }
+
     /// Which part of the items was read, from 0 to 1, about.
     pub fn part(&self) -> f64 {
+        if self.plan.ended.is_some() {
+            return 1.0;
+        }
         let counts = self.counts();
         let read = (counts.source_items + counts.target_items) as f64;
         let by_items = match self.plan.items {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{HEARTBEAT_LIMIT, Health, Reason, Scope, State};
+use crate::lease::row::{GapReason, HowFar, Mending};
 use crate::observe::liveness::{Excuses, Finding, Ledger, Limits, Signs};
 use crate::observe::metrics;
 
@@ -67,8 +68,61 @@ impl State {
         })
     }
 
+    /// Why a gap is open, and what becomes of it.
+    pub(super) fn gap_reason(
+        &self,
+        code: String,
+        table: &str,
+        reason: GapReason,
+        gaps: usize,
+    ) -> Reason {
+        let mut text = format!("{gaps} gap(s): records were never applied");
+        let mut next = reason.next_step();
+        let mending = self.mending.get(table).copied().unwrap_or_default();
+        if let Some(how_far) = mending.repairing {
+            text = format!("{text}; the repair is {}", progress(how_far));
+            next = "Wait: it is closed once the tables are found or made equal";
+        }
+        Reason {
+            code,
+            table: table.to_owned(),
+            text,
+            next: next.to_owned(),
+        }
+    }
+
+    /// Reasons from copies and repairs.
+    fn mending_reasons(&self, reasons: &mut Vec<Reason>) {
+        for (table, mending) in &self.mending {
+            if let Some(how_far) = mending.copying {
+                reasons.push(Reason {
+                    code: "copying".to_owned(),
+                    table: table.clone(),
+                    text: match how_far.ended {
+                        true => "copying: all is copied, and the stream has not passed the end of the copy yet".to_owned(),
+                        false => format!("copying, {}", progress(how_far)),
+                    },
+                    next: "Wait: until then the replica is no copy of any moment of its source, and nothing to fail over to".to_owned(),
+                });
+            }
+            if let Some((extra, allowed)) = mending.outstanding {
+                reasons.push(Reason {
+                    code: "deletes-outstanding".to_owned(),
+                    table: table.clone(),
+                    text: format!(
+                        "deletes-outstanding ({extra}): so many items of the replica are not in the source, and no more than {allowed} are deleted without a person"
+                    ),
+                    next: format!(
+                        "Look at them with `farshore reconcile --table {table} --report FILE`, then delete them with `farshore reconcile --table {table} --apply --max-deletes {extra}`"
+                    ),
+                });
+            }
+        }
+    }
+
     /// Reasons from taps, doubts and missing signs of life.
     pub(super) fn more_reasons(&self, reasons: &mut Vec<Reason>, now: Instant) {
+        self.mending_reasons(reasons);
         for (table, tap) in &self.taps {
             let headroom = tap.headroom_s.map_or_else(
                 || "how long the stream remembers what waits is not known".to_owned(),
@@ -125,6 +179,24 @@ impl State {
                 next: "Restart the worker, and report its log".to_owned(),
             });
         }
+    }
+}
+
+/// How far a job is, for a person.
+pub fn progress(how_far: HowFar) -> String {
+    let left = how_far.left_s.map_or_else(
+        || "just begun".to_owned(),
+        |left| format!("about {} left", rough(left)),
+    );
+    format!("{} %, {left}", how_far.percent)
+}
+
+/// Seconds as a person says them.
+fn rough(seconds: u64) -> String {
+    match seconds {
+        0..=89 => format!("{seconds} s"),
+        90..=5_399 => format!("{} min", (seconds + 30) / 60),
+        _ => format!("{} h", (seconds + 1_800) / 3_600),
     }
 }
 
@@ -248,6 +320,12 @@ impl Health {
     /// What is left for the dead letters, where any wait.
     pub fn set_letters(&self, letters: Option<LettersLeft>) {
         self.state().letters = letters;
+    }
+
+    /// What the fleet does for `table` to be whole.
+    pub fn set_mending(&self, table: &str, mending: Mending) {
+        metrics::mending(table, mending);
+        self.state().mending.insert(table.to_owned(), mending);
     }
 
     /// The doubts of `table` now.

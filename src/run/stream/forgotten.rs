@@ -195,7 +195,10 @@ impl Stream {
             return Ok(());
         }
         let detail = format!("{}/{shard}", stream_label(&self.context.stream_arn));
-        self.gap(GapReason::ShardVanished, &detail).await?;
+        // Not repaired before its turn has come and it is found to hold nothing: what its parents hold is
+        // older, and may still be on its way.
+        self.gap(GapReason::ShardVanished, &detail, Some(shard))
+            .await?;
         self.gaps.insert(shard.clone());
         Ok(())
     }
