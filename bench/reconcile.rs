@@ -30,13 +30,13 @@ mod show;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
 
 use data::{Answer, Data, Region, TABLE};
 use process::Ended;
-use server::Server;
+use server::{Server, client};
 use show::{Report, Row};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -184,20 +184,10 @@ directory = {letters:?}
         .tempfile_in(directory)?
         .keep()?;
     std::fs::write(&config, text)?;
-    let mut command = Command::new(env!("CARGO_BIN_EXE_farshore"));
-    // Nothing of this machine's own settings may lead it elsewhere.
-    for (name, _) in std::env::vars() {
-        if name.starts_with("AWS_") || name.starts_with("FARSHORE_") {
-            command.env_remove(name);
-        }
-    }
-    command
-        .args(["reconcile", "--json", "--read-units", "0", "--config"])
-        .arg(config)
-        .env("AWS_ACCESS_KEY_ID", "bench")
-        .env("AWS_SECRET_ACCESS_KEY", "bench")
-        .env("AWS_EC2_METADATA_DISABLED", "true");
-    Ok(command)
+    Ok(process::farshore(
+        &config,
+        &["reconcile", "--json", "--read-units", "0"],
+    ))
 }
 
 /// What a comparer answered, and whether it is right.
@@ -223,22 +213,4 @@ fn row(what: &'static str, data: &Data, ended: Ended) -> Result<Row, Error> {
         wrong: data.wrong(&answer),
         answer,
     })
-}
-
-/// A client of an embedded server.
-fn client(url: &str) -> aws_sdk_dynamodb::Client {
-    use aws_sdk_dynamodb::config::timeout::TimeoutConfig;
-    use aws_sdk_dynamodb::config::{BehaviorVersion, Credentials, Region};
-
-    let timeouts = TimeoutConfig::builder()
-        .operation_timeout(Duration::from_secs(60))
-        .build();
-    let config = aws_sdk_dynamodb::Config::builder()
-        .behavior_version(BehaviorVersion::latest())
-        .region(Region::new(SOURCE))
-        .endpoint_url(url)
-        .credentials_provider(Credentials::new("bench", "bench", None, None, "bench"))
-        .timeout_config(timeouts)
-        .build();
-    aws_sdk_dynamodb::Client::from_conf(config)
 }

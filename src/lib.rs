@@ -26,6 +26,7 @@
 //! | halt | [`apply::flood`] (pure), [`run::halt`] | a flood of refusals is no poison: the table stops and a person is called |
 //! | bring home | [`jobs::redrive`], [`repair`] | a letter is deleted only after its key is as in the source |
 //! | compare | [`jobs::reconcile`]: [`join`](jobs::reconcile::join), [`judge`](jobs::reconcile::judge), [`ledger`](jobs::reconcile::ledger) (pure); [`run::audit`] | one scan a side; in flight is not drift; repaired by key; shared, and gone on with |
+//! | copy, mend gaps | [`lease::gaps`] (pure), [`run::whole`], [`run::job`] | drained and pinned before anything is compared; closed once verified |
 //! | checkpoint | [`run::shard`] | follows the data, never the reading |
 //! | in doubt | [`lease::doubts`] (pure), [`run::doubts`], [`repair`] | a write that may take effect late is repaired by key once it no longer can |
 //!

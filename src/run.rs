@@ -61,6 +61,8 @@ use start::{Feed, Role};
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Dead letters on their way at once, over all tables.
 const LETTERS_AT_ONCE: usize = 8;
+/// Tables copied or repaired at once by one worker.
+const COPIES_AT_ONCE: usize = 4;
 /// Longest wait for an ended task to be gone.
 const ABORTED_WITHIN: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -175,6 +177,7 @@ async fn feed_until(
         dead_letters: feed.dead_letters,
         letters: Semaphore::new(LETTERS_AT_ONCE),
         audits: Semaphore::new(1),
+        copies: Semaphore::new(COPIES_AT_ONCE),
         halts: Halts::new(&config),
         health,
         board,

@@ -102,8 +102,10 @@ async fn first_of_two(
     environment: &[(&str, &str)],
 ) -> (Worker, std::path::PathBuf) {
     stand.create_source(table).await;
-    let first = stand.config(&[table], "");
-    let second = stand.config(&[table], "");
+    // What is written while the first one starts is the stream's to bring, and no copy's.
+    let table = format!("name = \"{table}\"\nbootstrap = false");
+    let first = stand.config(&[&table], "");
+    let second = stand.config(&[&table], "");
     common::binary::provision(&first);
     (Worker::start_with(&first, environment), second)
 }

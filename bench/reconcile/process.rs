@@ -13,7 +13,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(20 * 60);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The unit of /proc, whatever the kernel's own ticks are.
-const TICKS_PER_SECOND: f64 = 100.0;
+pub const TICKS_PER_SECOND: f64 = 100.0;
 
 /// A process that does not outlive this value.
 pub struct Running(pub Child);
@@ -71,9 +71,29 @@ pub async fn run(mut command: Command, directory: &Path) -> Result<Ended, Error>
     })
 }
 
+/// A command of Farshore by the file `config`.
+pub fn farshore(config: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_farshore"));
+    // Nothing of this machine's own settings may lead it elsewhere.
+    for (name, _) in std::env::vars() {
+        if name.starts_with("AWS_") || name.starts_with("FARSHORE_") {
+            command.env_remove(name);
+        }
+    }
+    command
+        .args(arguments)
+        .arg("--config")
+        .arg(config)
+        .env("AWS_ACCESS_KEY_ID", "bench")
+        .env("AWS_SECRET_ACCESS_KEY", "bench")
+        .env("AWS_EC2_METADATA_DISABLED", "true")
+        .stdin(Stdio::null());
+    command
+}
+
 /// The kernel keeps the peak itself, so that nothing between two looks is lost but what a process
 /// takes just before its end.
-fn peak_bytes_of(process: u32) -> Option<u64> {
+pub fn peak_bytes_of(process: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let line = status
         .lines()
@@ -82,7 +102,7 @@ fn peak_bytes_of(process: u32) -> Option<u64> {
     Some(kibibytes * 1_024)
 }
 
-fn ticks_of(process: u32) -> Option<u64> {
+pub fn ticks_of(process: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The name before it may hold anything.
     let (_, fields) = stat.rsplit_once(") ")?;

@@ -258,3 +258,21 @@ fn step_of(attribute: Option<Value>) -> Result<u64, Error> {
             .parse()?),
     }
 }
+
+/// A client of an embedded server.
+pub fn client(url: &str) -> aws_sdk_dynamodb::Client {
+    use aws_sdk_dynamodb::config::timeout::TimeoutConfig;
+    use aws_sdk_dynamodb::config::{BehaviorVersion, Credentials, Region};
+
+    let timeouts = TimeoutConfig::builder()
+        .operation_timeout(Duration::from_secs(60))
+        .build();
+    let config = aws_sdk_dynamodb::Config::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(Region::new("us-east-1"))
+        .endpoint_url(url)
+        .credentials_provider(Credentials::new("bench", "bench", None, None, "bench"))
+        .timeout_config(timeouts)
+        .build();
+    aws_sdk_dynamodb::Client::from_conf(config)
+}

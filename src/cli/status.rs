@@ -183,7 +183,8 @@ impl Found {
             }
         }
         let jobs = comparisons(&plans, &segments);
-        let epoch = found.control.as_ref().map_or(0, |control| control.epoch);
+        // Without a control record the configuration decides, and that is the first epoch.
+        let epoch = found.control.as_ref().map_or(1, |control| control.epoch);
         for table in &loaded.config.tables {
             if let Some((verified_ms, different)) = audited(&jobs, epoch, &table.name) {
                 found.audits.insert(table.name.clone(), verified_ms);

@@ -19,7 +19,9 @@
 //! * *Old streams to their ends first*, for the same reason: their records are older than the gap.
 //! * *Old sources fenced*: nobody writes what the source before held any more.
 
-use super::row::{GapReason, GapRow, JobKind, Progress, ReconcileRow, ShardRow, StreamRow};
+use super::row::{
+    DoubtRow, GapReason, GapRow, JobKind, Progress, ReconcileRow, ShardRow, StreamRow,
+};
 use crate::config::OnGap;
 use crate::stream::stream_label;
 
@@ -32,6 +34,12 @@ pub struct Ground<'a> {
     pub shards: &'a [ShardRow],
     /// All streams.
     pub streams: &'a [StreamRow],
+    /// All doubts.
+    pub doubts: &'a [DoubtRow],
+    /// All comparisons.
+    pub jobs: &'a [Progress<'a>],
+    /// The time in the region of the state table, in milliseconds.
+    pub now_ms: i64,
 }
 
 impl Ground<'_> {
@@ -58,11 +66,7 @@ impl Ground<'_> {
         if !self.is_pinned(&gap.table) {
             return false;
         }
-        let of_before = |row: &&ShardRow| row.table == gap.table && row.epoch < self.epoch;
-        let is_fenced = || {
-            let mut before = self.shards.iter().filter(of_before);
-            before.all(|row| row.lease_owner.is_none() || is_dead(row))
-        };
+        let is_fenced = || self.is_fenced(&gap.table, &is_dead);
         // Of another time: what its shards held is nobody's any more.
         if gap.epoch < self.epoch {
             return is_fenced();
@@ -82,6 +86,20 @@ impl Ground<'_> {
             }
             GapReason::ReconcileUnfinished | GapReason::Drift => false,
         }
+    }
+
+    /// Whether nothing of an epoch before reaches `table` any more: every lease was given back or is dead,
+    /// and so is every write in doubt, or of a job.
+    fn is_fenced(&self, table: &str, is_dead: impl Fn(&ShardRow) -> bool) -> bool {
+        let of_before = |epoch: u64, of: &str| epoch < self.epoch && of == table;
+        let mut leases = self.shards.iter();
+        let mut doubts = self.doubts.iter();
+        let mut jobs = self.jobs.iter();
+        !leases.any(|row| {
+            of_before(row.epoch, &row.table) && row.lease_owner.is_some() && !is_dead(row)
+        }) && !doubts.any(|row| of_before(row.epoch, &row.table) && row.until >= self.now_ms)
+            && !jobs
+                .any(|job| of_before(job.plan.epoch, &job.plan.table) && job.may_write(self.now_ms))
     }
 
     /// Whether the flow of `table` has passed `ms` of the source: every open shard has applied all
@@ -116,19 +134,20 @@ pub const PASS_MARGIN_MS: i64 = 3_000;
 impl Ground<'_> {
     /// What is next for `table`. `gaps` are all that are open, `jobs` all comparisons.
     pub fn next<'a>(
-        &self,
+        &'a self,
         table: &str,
         gaps: &'a [GapRow],
-        jobs: &'a [Progress<'a>],
         on_gap: OnGap,
         is_dead: impl Fn(&ShardRow) -> bool,
     ) -> Next<'a> {
-        let of_table = jobs.iter().filter(|job| job.plan.table == table);
+        let of_table = self.jobs.iter().filter(|job| job.plan.table == table);
         let (mut bootstrap, mut repairs) = (None, Vec::new());
         for job in of_table {
             match job.plan.kind() {
                 JobKind::Asked | JobKind::Audit(_) => {}
-                // What it was to do the source of now may have done already.
+                // What it was to do is done by the repair that the change of the source asks for. What it
+                // wrote last has to be dead before.
+                _ if job.plan.epoch < self.epoch && job.may_write(self.now_ms) => {}
                 _ if job.plan.epoch < self.epoch => return Next::Remove(job),
                 _ if job.plan.epoch > self.epoch => {}
                 JobKind::Bootstrap => bootstrap = Some(job),
@@ -157,6 +176,9 @@ impl Ground<'_> {
             let is_left = plan.too_many_deletes.is_some() || !plan.apply;
             let any_open = gaps.iter().any(|gap| is_open(job, gap));
             match plan.ended {
+                // Asked for otherwise since.
+                _ if plan.apply && on_gap != OnGap::Repair => return Next::Nothing,
+                _ if !plan.apply && on_gap != OnGap::Report => return Next::Remove(job),
                 None => return Next::Work(plan),
                 Some(_) if !any_open || plan.is_whole() => return Next::Remove(job),
                 Some(_) if !is_left => return Next::Again(job),
@@ -179,119 +201,5 @@ impl Ground<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::lease::row::{FORMAT_VERSION, SHARD_END};
-    use crate::stream::ShardId;
-    use crate::stream::reader::Position;
-
-    fn arn(label: &str) -> String {
-        format!("arn:aws:dynamodb:r:1:table/t/stream/{label}")
-    }
-
-    fn shard(epoch: u64, label: &str) -> ShardRow {
-        let (id, start) = (ShardId("s".to_owned()), Position::TrimHorizon);
-        ShardRow::new(epoch, "t", &arn(label), &id, None, &start, 0)
-    }
-
-    fn stream(epoch: u64, label: &str) -> StreamRow {
-        StreamRow {
-            lease_key: StreamRow::key(epoch, "t", &arn(label)),
-            entity_type: "stream".to_owned(),
-            format_version: FORMAT_VERSION,
-            table: "t".to_owned(),
-            stream_arn: arn(label),
-            table_id: None,
-            start_timestamp: None,
-            initialised: true,
-            finished: false,
-        }
-    }
-
-    fn gap(reason: GapReason) -> GapRow {
-        GapRow::new(2, "t", reason, "d", String::new())
-    }
-
-    fn may(gap: &GapRow, shards: &[ShardRow], streams: &[StreamRow], dead: bool) -> bool {
-        let ground = Ground {
-            epoch: 2,
-            shards,
-            streams,
-        };
-        ground.is_repairable(gap, |_| dead)
-    }
-
-    #[test]
-    fn a_lost_position_is_repaired_once_what_was_read_before_is_durable() {
-        let mut row = shard(2, "1");
-        let gap = gap(GapReason::Trimmed).of_shard(row.lease_key.clone(), 1_000);
-        let streams = [stream(2, "1")];
-        let may =
-            |row: &ShardRow, gap: &GapRow| may(gap, std::slice::from_ref(row), &streams, false);
-        assert!(!may(&row, &gap), "it may still be in flight");
-        row.restart(1_000);
-        assert!(may(&row, &gap));
-        let again = gap.found_again(&gap);
-        assert!(!may(&row, &again), "lost once more since");
-        assert_eq!(again.lease_counter, gap.lease_counter + 1);
-        row.restart(again.found_at);
-        assert!(may(&row, &again));
-        row.restarted_at = None;
-        row.checkpoint = SHARD_END.to_owned();
-        assert!(may(&row, &again), "it ended");
-        assert!(
-            super::tests::may(&again, &[], &streams, false),
-            "and is gone"
-        );
-    }
-
-    #[test]
-    fn a_stream_made_anew_waits_for_the_old_one_and_for_its_own_leases() {
-        let gap = gap(GapReason::StreamRecreated);
-        let (mut old, mut new) = (stream(2, "1"), stream(2, "2"));
-        let may =
-            |old: &StreamRow, new: &StreamRow| may(&gap, &[], &[old.clone(), new.clone()], false);
-        assert!(!may(&old, &new), "older records are still to be applied");
-        old.finished = true;
-        assert!(may(&old, &new));
-        new.initialised = false;
-        assert!(!may(&old, &new), "its start is not stored yet");
-    }
-
-    #[test]
-    fn another_source_waits_until_nobody_writes_what_the_one_before_held() {
-        let gap = gap(GapReason::SourceSwitched);
-        let streams = [stream(2, "2")];
-        let mut old = shard(1, "1");
-        assert!(may(&gap, &[old.clone()], &streams, false), "released");
-        old.lease_owner = Some("w.1".to_owned());
-        assert!(!may(&gap, &[old.clone()], &streams, false));
-        assert!(may(&gap, &[old], &streams, true), "dead");
-        assert!(
-            !may(&gap, &[], &[stream(1, "1")], true),
-            "nothing is read yet"
-        );
-    }
-
-    #[test]
-    fn a_moment_is_passed_once_every_open_shard_has_applied_it() {
-        let streams = [stream(2, "1")];
-        let mut row = shard(2, "1");
-        let passed = |row: &ShardRow| {
-            let ground = Ground {
-                epoch: 2,
-                shards: std::slice::from_ref(row),
-                streams: &streams,
-            };
-            ground.has_passed("t", 1_000)
-        };
-        assert!(!passed(&row), "nothing is known of it");
-        row.watermark = Some(999);
-        assert!(!passed(&row));
-        row.watermark = Some(1_000);
-        assert!(passed(&row));
-        row.watermark = None;
-        row.checkpoint = SHARD_END.to_owned();
-        assert!(passed(&row));
-    }
-}
+#[path = "gaps_tests.rs"]
+mod tests;

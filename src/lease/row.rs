@@ -272,7 +272,9 @@ impl ShardRow {
         Tracked {
             parent: self.parent_shard_id.first().cloned().map(ShardId),
             children: self.child_shard_ids.iter().cloned().map(ShardId).collect(),
-            started: !matches!(self.checkpoint.as_str(), TRIM_HORIZON | AT_TIMESTAMP),
+            // Read anew after a gap, it was read before.
+            started: self.restarted_at.is_some()
+                || !matches!(self.checkpoint.as_str(), TRIM_HORIZON | AT_TIMESTAMP),
             finished: self.is_finished(),
         }
     }

@@ -138,18 +138,15 @@ async fn plan(shared: &Shared, table: &Table) -> Result<Option<ReconcileRow>, Fa
         closes: Vec::new(),
         verified_at_ms: verified,
     };
-    let Some(next) = plan_of(shared, table, wanted).await? else {
-        return Ok(None);
-    };
+    let next = plan_of(shared, table, wanted).await?;
     // What is left of one of that name, from before somebody removed it, is none of it.
-    for row in segments.iter().filter(|row| row.job == next.job) {
-        shared.state.delete_key(&row.lease_key).await?;
-    }
+    let terms = terms(shared, Duration::ZERO);
+    let left = segments.iter().filter(|row| row.job == next.job);
+    desk::sweep(&terms, &left.collect::<Vec<_>>()).await?;
     // Of several workers one begins it, and the others take part as its row says.
     if shared.state.create(&next).await? == Written::Refused {
         return shared.state.reconcile(&next.lease_key).await;
     }
-    let terms = terms(shared, Duration::ZERO);
     let old = |job: &&crate::lease::row::Progress<'_>| {
         job.plan.epoch < shared.epoch || job.plan.audit_pass().is_some_and(|n| n + 1 < number)
     };

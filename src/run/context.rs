@@ -55,6 +55,8 @@ pub struct Shared {
     pub letters: Semaphore,
     /// Tables audited at once.
     pub audits: Semaphore,
+    /// Tables copied or repaired at once: each takes memory, and looks at the state table.
+    pub copies: Semaphore,
     /// What was refused lately, and which tables are halted for it.
     pub halts: Halts,
     /// Lists shards at one pace.

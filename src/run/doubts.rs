@@ -528,10 +528,8 @@ impl<'a> DoubtRepair<'a> {
         let detail = format!("{}/{} doubt", stream_label(&row.stream_arn), row.shard_id);
         let at = rfc3339(host_ms());
         // Nothing has to be drained for it: its writes are dead, and what is read now is younger.
-        let gap = GapRow {
-            found_at: shared.source.clock.now_ms(),
-            ..GapRow::new(row.epoch, &row.table, reason, &detail, at)
-        };
+        let gap = GapRow::new(row.epoch, &row.table, reason, &detail, at)
+            .found(shared.source.clock.now_ms());
         shared.store_gap(&gap, "repair").await;
         Ok(())
     }

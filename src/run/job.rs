@@ -80,21 +80,19 @@ impl Cost {
     }
 }
 
-/// The row of a job that is to begin. `None` while a table is not there.
+/// The row of a job that is to begin.
 ///
 /// # Errors
-/// A table could not be described.
+/// A table could not be described, or is not there.
 pub(super) async fn plan_of(
     shared: &Shared,
     table: &Table,
     wanted: Wanted,
-) -> Result<Option<ReconcileRow>, Fault> {
+) -> Result<ReconcileRow, Fault> {
     let (source, target) = (&shared.source, &shared.target);
     let from = describe(&source.tables, table.name_in(&source.label)).await?;
     let to = describe(&target.tables, table.name_in(&target.label)).await?;
-    let (Some(from), Some(to)) = (from, to) else {
-        return Ok(None);
-    };
+    let (from, to) = (from.ok_or_else(not_there)?, to.ok_or_else(not_there)?);
     let config = &shared.config;
     let bytes = from.table_size_bytes.max(to.table_size_bytes);
     let items = from.item_count.unwrap_or_default() + to.item_count.unwrap_or_default();
@@ -124,7 +122,7 @@ pub(super) async fn plan_of(
         false => MaxDeletes::Count(0),
     };
     let now_ms = target.clock.now_ms();
-    Ok(Some(ReconcileRow {
+    Ok(ReconcileRow {
         lease_key: ReconcileRow::key(&job, &table.name),
         entity_type: "reconcile".to_owned(),
         format_version: FORMAT_VERSION,
@@ -151,7 +149,16 @@ pub(super) async fn plan_of(
         too_many_deletes: None,
         closes: wanted.closes,
         expected_s: (!is_audit).then_some(expected_s),
-    }))
+    })
+}
+
+fn not_there() -> Fault {
+    Fault::own(
+        Operation::DescribeTable,
+        Class::NotFound,
+        "ResourceNotFoundException",
+        "the source or the replica table is not there",
+    )
 }
 
 /// Read units per second that copies and repairs of gaps may spend on each side, over the whole fleet.
@@ -198,14 +205,7 @@ pub(super) async fn build(
     let (source, target) = (&shared.source, &shared.target);
     let name = table.name_in(&source.label);
     let described = describe(&source.tables, name).await?;
-    let described = described.ok_or_else(|| {
-        Fault::own(
-            Operation::DescribeTable,
-            Class::NotFound,
-            "ResourceNotFoundException",
-            "the source table is not there",
-        )
-    })?;
+    let described = described.ok_or_else(not_there)?;
     let key_names: Vec<String> = primary_key(&described)
         .into_iter()
         .map(|part| part.name)
@@ -223,6 +223,11 @@ pub(super) async fn build(
         let name = table.name_in(&region.label);
         Arc::new(Place::new(region, name, reading, how.units, &stop))
     };
+    let flow = FlowSource::new(
+        shared.state.clone(),
+        shared.epoch,
+        config.leases.duration * 2,
+    );
     let late_effect = match &how.repairs {
         Some(repairs) => repairs.late_effect,
         // It writes nothing that could.
@@ -251,11 +256,10 @@ pub(super) async fn build(
         wait: config.leases.duration,
         memory: usize::try_from(memory).unwrap_or(usize::MAX),
         settle: config.reconcile.settle,
-        flow: Some(FlowSource::new(
-            shared.state.clone(),
-            shared.epoch,
-            config.leases.duration * 2,
-        )),
+        flow: Some(match how.repairs.is_some() {
+            true => flow.beside_doubts(),
+            false => flow,
+        }),
         strategy: Strategy::Mirror,
         eager: how.repairs.is_some(),
         repairs: how.repairs,

@@ -65,12 +65,15 @@ impl Snapshot {
         comparisons(&self.plans, &self.segments)
     }
 
-    /// What decides about gaps.
-    pub fn ground(&self, epoch: u64) -> Ground<'_> {
+    /// What decides about gaps, at `now_ms` in the region of the state table. `jobs` are [`jobs`](Self::jobs).
+    pub fn ground<'a>(&'a self, epoch: u64, jobs: &'a [Progress<'a>], now_ms: i64) -> Ground<'a> {
         Ground {
             epoch,
             shards: &self.shards,
             streams: &self.streams,
+            doubts: &self.doubts,
+            jobs,
+            now_ms,
         }
     }
 }

@@ -223,6 +223,6 @@ async fn record_gap(
     let at = rfc3339(host_ms());
     let row = shard_key(shared.epoch, table, stream_arn, shard);
     let gap = GapRow::new(shared.epoch, table, reason, &detail, at);
-    let gap = gap.of_shard(row, shared.source.clock.now_ms());
+    let gap = gap.found(shared.source.clock.now_ms()).awaiting(row);
     shared.store_gap(&gap, &shard.0).await.found_at
 }

@@ -21,7 +21,7 @@ use crate::backoff::Backoff;
 use crate::config::Start;
 use crate::dynamo::RegionClients;
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::error::{Class, Fault, Operation};
+use crate::error::{Fault, Operation};
 use crate::lease::doubts::on_take;
 use crate::lease::held::Lease;
 use crate::lease::row::{
@@ -477,13 +477,10 @@ impl Stream {
         let shared = &self.context.shared;
         let at = rfc3339(host_ms());
         let (table, arn) = (&self.context.table.name, &self.context.stream_arn);
-        let found_ms = shared.source.clock.now_ms();
-        let mut gap = GapRow {
-            found_at: found_ms,
-            ..GapRow::new(shared.epoch, table, reason, detail, at)
-        };
+        let mut gap = GapRow::new(shared.epoch, table, reason, detail, at)
+            .found(shared.source.clock.now_ms());
         if let Some(shard) = shard {
-            gap = gap.of_shard(shard_key(shared.epoch, table, arn, shard), found_ms);
+            gap = gap.awaiting(shard_key(shared.epoch, table, arn, shard));
         }
         record_gap(&shared.state, &gap).await?;
         shared.rescan.notify_one();
@@ -499,14 +496,7 @@ impl Stream {
             closes: Vec::new(),
             verified_at_ms: None,
         };
-        let plan = plan_of(shared, table, wanted).await?.ok_or_else(|| {
-            Fault::own(
-                Operation::DescribeTable,
-                Class::NotFound,
-                "ResourceNotFoundException",
-                "the source or the replica table is not there",
-            )
-        })?;
+        let plan = plan_of(shared, table, wanted).await?;
         shared.state.create(&plan).await?;
         shared.rescan.notify_one();
         Ok(())

@@ -30,7 +30,7 @@ use crate::apply::conditional::Conditional;
 use crate::backoff::Backoff;
 use crate::config::{OnGap, Table};
 use crate::error::{Class, Fault, Operation};
-use crate::jobs::reconcile::desk::{remove, stay};
+use crate::jobs::reconcile::desk::{begin_anew, remove, stay, sweep};
 use crate::jobs::reconcile::report::Counts;
 use crate::jobs::reconcile::{Ended, Hears, Reconcile, Repairs};
 use crate::lease::gaps::Next;
@@ -44,6 +44,10 @@ use crate::stream::stream_label;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A worker does not give a job more memory for items that wait for their partners than this.
+const MEMORY_MAX: u64 = 64 << 20;
+/// How often a job makes sure that its source is still the table it was.
+const TABLE_ASKED_EVERY: Duration = Duration::from_secs(5);
 /// How often the log says how far a job is.
 const TOLD_EVERY: Duration = Duration::from_secs(30);
 /// What health knows the trouble of copies and repairs by.
@@ -103,10 +107,11 @@ impl Keeper<'_> {
         let jobs = snapshot.jobs();
         let is_dead = |row: &crate::lease::row::ShardRow| snapshot.dead.contains(&row.lease_key);
         let on_gap = shared.config.reconcile.on_gap;
-        let ground = snapshot.ground(shared.epoch);
-        let next = ground.next(&self.table.name, &snapshot.gaps, &jobs, on_gap, is_dead);
+        let now_ms = shared.target.clock.now_ms();
+        let ground = snapshot.ground(shared.epoch, &jobs, now_ms);
+        let next = ground.next(&self.table.name, &snapshot.gaps, on_gap, is_dead);
         let done = match next {
-            Next::Nothing => return Ok(()),
+            Next::Nothing => return self.sweep().await.map_err(Unfinished::Failed),
             Next::Begin(number, gaps) => {
                 let closes = gaps.into_iter().map(Closes::of).collect();
                 self.begin(number, closes).await
@@ -142,23 +147,23 @@ impl Keeper<'_> {
             closes,
             verified_at_ms: None,
         };
-        let Some(plan) = plan_of(shared, self.table, wanted).await? else {
-            return Ok(());
-        };
-        self.forget_segments(&plan).await?;
+        let plan = plan_of(shared, self.table, wanted).await?;
         // Of several workers one begins it, and the others take part.
         shared.state.create(&plan).await?;
         crash("repair-planned");
         Ok(())
     }
 
-    /// What is left of a job of that name, from before somebody removed it, is none of it.
-    async fn forget_segments(&self, plan: &ReconcileRow) -> Result<(), Fault> {
-        let left = |row: &&SegmentRow| row.job == plan.job && row.table == plan.table;
-        for row in self.snapshot.segments.iter().filter(left) {
-            self.shared.state.delete_key(&row.lease_key).await?;
-        }
-        Ok(())
+    /// Removes what is left of the worker's jobs that are gone.
+    async fn sweep(&self) -> Result<(), Fault> {
+        let is_left = |row: &&SegmentRow| {
+            let plans = &self.snapshot.plans;
+            let is_the_workers = JobKind::of(&row.job, self.shared.epoch).is_the_workers();
+            let has_plan = plans.iter().any(|plan| row.is_of(plan));
+            row.table == self.table.name && is_the_workers && !has_plan
+        };
+        let left: Vec<&SegmentRow> = self.snapshot.segments.iter().filter(is_left).collect();
+        sweep(&terms(self.shared, Duration::ZERO), &left).await
     }
 
     /// Begins a job anew that ended while something still differed.
@@ -170,21 +175,21 @@ impl Keeper<'_> {
             counts = ?known.ended,
             "something still differs, and all is compared once more"
         );
-        self.forget_segments(known).await?;
-        let plan = ReconcileRow {
-            ended: None,
-            ended_at_ms: None,
-            lease_counter: known.lease_counter + 1,
-            ..known.clone()
-        };
-        let state = &self.shared.state;
-        state.replace(&plan, known.lease_counter).await.map(|_| ())
+        let terms = terms(self.shared, Duration::ZERO);
+        begin_anew(&terms, job).await
     }
 
     /// Takes part in a job until it has ended, or cannot go on.
     async fn work(&self, plan: ReconcileRow, gate: &mut Gate) -> Result<(), Unfinished> {
         let (shared, table) = (self.shared, self.table);
+        let turn = tokio::select! {
+            turn = shared.copies.acquire() => turn,
+            () = self.stop.cancelled() => return Ok(()),
+        };
+        // It is never closed; without a turn the job would go on all the same.
+        let _turn = turn.ok();
         refuse_another_table(shared, table).await?;
+        gate.is_open();
         let flow = gate.flow();
         let repairs = plan.apply.then(|| self.repairs(plan.kind())).flatten();
         if plan.apply && repairs.is_none() {
@@ -193,7 +198,7 @@ impl Keeper<'_> {
         let how = How {
             units: self.share_of_units(self.snapshot),
             one_at_a_time: false,
-            memory_max: u64::MAX,
+            memory_max: MEMORY_MAX,
             repairs,
         };
         let job = build(shared, table, plan.clone(), how, &flow);
@@ -278,11 +283,23 @@ impl Keeper<'_> {
     ) {
         let mut rows: watch::Receiver<Arc<Snapshot>> = self.shared.rows.clone();
         let mut told = Instant::now();
+        let mut asked = Instant::now();
         loop {
+            // What cannot be seen counts as closed.
             gate.is_open();
             let snapshot = rows.borrow_and_update().clone();
             if !self.shared.is_in_epoch(&snapshot) {
                 job.stop.cancel();
+            }
+            if asked.elapsed() >= TABLE_ASKED_EVERY {
+                asked = Instant::now();
+                // What only passes by itself is met by the job as well.
+                if let Err(Unfinished::Failed(fault)) =
+                    refuse_another_table(self.shared, self.table).await
+                    && fault.class == Class::NotFound
+                {
+                    job.stop.cancel();
+                }
             }
             let units = self.share_of_units(&snapshot);
             job.source.set_units(units);
@@ -293,6 +310,7 @@ impl Keeper<'_> {
             }
             tokio::select! {
                 () = done.cancelled() => return,
+                () = gate.moved() => {}
                 changed = rows.changed() => if changed.is_err() {
                     job.stop.cancel();
                     return done.cancelled().await;
@@ -391,6 +409,10 @@ struct Heard {
 }
 
 impl Hears for Heard {
+    fn before_deletes(&self) -> BoxFuture<'_, Result<(), Unfinished>> {
+        refuse_another_table(&self.context.shared, &self.context.table).boxed()
+    }
+
     fn applied(&self, items: usize) {
         crash("page-mended");
         let (shared, table) = (&self.context.shared, &self.context.table.name);

@@ -16,7 +16,9 @@ use crate::error::{Failure, Fault, Operation};
 use crate::jobs::reconcile::segments_of;
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::lease::gaps;
-use crate::lease::row::{Closes, Row, StreamRow, known_table_id};
+use crate::lease::row::{
+    Closes, Row, ShardRow, StreamRow, comparison_rows, comparisons, known_table_id,
+};
 use crate::lease::table::StateTable;
 use crate::repair::KeepExpired;
 use crate::run::start::{any_key, find_active, unusable};
@@ -213,23 +215,45 @@ impl<'a> Ground<'a> {
         }
         let rows = state.rows().await;
         let rows = rows.map_err(|fault| unusable(self.target, state.name(), &fault))?;
-        let (mut shards, mut streams, mut gaps) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut shards, mut streams, mut doubts) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut open, mut others) = (Vec::new(), Vec::new());
         for row in rows {
             match row {
                 Row::Shard(row) => shards.push(row),
                 Row::Stream(row) => streams.push(row),
-                Row::Gap(row) if row.table == table.name => gaps.push(row),
-                _ => {}
+                Row::Doubt(row) => doubts.push(row),
+                Row::Gap(row) if row.table == table.name => open.push(row),
+                other => others.push(other),
             }
         }
+        let (plans, segments) = comparison_rows(others);
+        let now_ms = self.target.clock.now_ms();
         let ground = gaps::Ground {
             epoch: self.epoch,
             shards: &shards,
             streams: &streams,
+            doubts: &doubts,
+            jobs: &comparisons(&plans, &segments),
+            now_ms,
         };
-        // Whether the owner of a lease is dead, one look cannot tell.
-        gaps.retain(|gap| ground.is_repairable(gap, |_| false));
-        Ok(gaps.iter().map(Closes::of).collect())
+        let leases = &self.loaded.config.leases;
+        let dead_after_ms = (leases.duration + leases.late_effect).as_millis() as i64;
+        // Whoever is there renews its leases; clocks of workers and of this host may differ by as much.
+        let is_dead = |row: &ShardRow| {
+            let last_ms = row.updated_at.unwrap_or(row.created_at);
+            last_ms + dead_after_ms * 2 < now_ms
+        };
+        let (closes, stay): (Vec<_>, Vec<_>) = open
+            .into_iter()
+            .partition(|gap| ground.is_repairable(gap, is_dead));
+        for gap in stay {
+            eprintln!(
+                "note: the gap {} of {} is not closed by this: what was read before it may still be on its way",
+                gap.reason.label(),
+                table.name
+            );
+        }
+        Ok(closes.iter().map(Closes::of).collect())
     }
 
     /// What is heeded while `tables` are written to.

@@ -10,7 +10,7 @@ use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Failure, Fault};
-use crate::jobs::reconcile::desk::{Desk, Shared, remove, stay};
+use crate::jobs::reconcile::desk::{Desk, Shared, begin_anew, remove, stay};
 use crate::jobs::reconcile::report::Counts;
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::lease::row::{
@@ -357,11 +357,20 @@ impl Ground<'_> {
             let is_over = match job.plan.kind() {
                 JobKind::Asked => self.is_over(&job, table, whole, now_ms),
                 JobKind::Audit(_) => equal && job.plan.table == table,
-                // What the worker left undone is done; one at work comes to its own end.
-                JobKind::Bootstrap | JobKind::GapRepair(_) => {
-                    let is_left = job.plan.ended.is_some() && self.is_with_the_flow();
-                    equal && is_left && job.plan.table == table
+                // What the worker left to a person is done; one at work comes to its own end.
+                JobKind::Bootstrap | JobKind::GapRepair(_)
+                    if job.plan.ended.is_some()
+                        && self.is_with_the_flow()
+                        && job.plan.table == table =>
+                {
+                    let is_copy = job.plan.kind() == JobKind::Bootstrap;
+                    if whole && !equal && is_copy {
+                        // What the replica refuses, only the worker letters: it looks once more.
+                        let _ = begin_anew(&terms, &job).await;
+                    }
+                    equal || whole && !is_copy
                 }
+                JobKind::Bootstrap | JobKind::GapRepair(_) => false,
             };
             if is_over {
                 let removed = remove(&terms, &job).await;

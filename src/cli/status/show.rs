@@ -154,7 +154,7 @@ fn by_itself(job: &Job) -> String {
             };
             let by = match job.alive {
                 true => format!("{} process(es)", job.processes),
-                false => "NOBODY IS AT IT: start a worker".to_owned(),
+                false => "nobody is at it now (no worker, or a closed tap)".to_owned(),
             };
             format!(
                 "{}, {by}, {} difference(s) so far",

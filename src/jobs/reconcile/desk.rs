@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::Ended;
 use super::report::Counts;
 use crate::backoff::Backoff;
+use crate::dynamo::clock::rfc3339;
 use crate::error::{Fault, Policy};
 use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{Progress, ReconcileRow, Row, SegmentRow};
@@ -62,6 +63,8 @@ pub(super) struct Rows {
     /// `None`: somebody has ended it, and its rows are gone.
     pub(super) plan: Option<ReconcileRow>,
     pub(super) segments: BTreeMap<u32, SegmentRow>,
+    /// What is left of a job of the same name.
+    stale: BTreeMap<u32, SegmentRow>,
 }
 
 impl Rows {
@@ -110,20 +113,27 @@ impl Shared {
         }
     }
 
+    /// Whether `row` is the plan of this job, and not of one that began anew under its name.
+    fn is_this(&self, row: &ReconcileRow) -> bool {
+        row.lease_key == self.plan.lease_key && row.at_ms == self.plan.at_ms
+    }
+
     /// The rows as they are now.
     pub(super) async fn rows(&self) -> Result<Rows, Ended> {
         let all = self.read_all().await?;
         let mut rows = Rows {
             plan: None,
             segments: BTreeMap::new(),
+            stale: BTreeMap::new(),
         };
         for row in all {
             match row {
-                Row::Reconcile(row) if row.lease_key == self.plan.lease_key => {
-                    rows.plan = Some(row);
+                Row::Reconcile(row) if self.is_this(&row) => rows.plan = Some(row),
+                Row::Segment(row) if row.is_of(&self.plan) => {
+                    rows.segments.insert(row.number, row);
                 }
                 Row::Segment(row) if row.job == self.plan.job && row.table == self.plan.table => {
-                    rows.segments.insert(row.number, row);
+                    rows.stale.insert(row.number, row);
                 }
                 _ => {}
             }
@@ -166,9 +176,13 @@ impl Shared {
             if mine.contains(&number) {
                 continue;
             }
+            if let Some(stale) = rows.stale.get(&number) {
+                let swept = sweep(&self.terms, &[stale]).await;
+                swept.map_err(|fault| self.failed(fault))?;
+            }
             let held = match rows.segments.get(&number) {
                 None => {
-                    let row = SegmentRow::new(&self.plan.job, &self.plan.table, number);
+                    let row = SegmentRow::new(&self.plan, number, now_ms);
                     Hold::create(self.terms.clone(), row, self.holder()).await
                 }
                 Some(row) if row.done || (row.scanned.is_some() && row.is_whole()) => continue,
@@ -201,7 +215,7 @@ impl Shared {
     /// A segment of a job that has ended meanwhile is none.
     async fn is_open(&self, hold: Arc<Hold<SegmentRow>>) -> Result<Claim, Ended> {
         let plan = self.terms.state.reconcile(&self.plan.lease_key).await;
-        if matches!(&plan, Ok(Some(plan)) if plan.ended.is_none()) {
+        if matches!(&plan, Ok(Some(plan)) if plan.ended.is_none() && self.is_this(plan)) {
             return Ok(Claim::Held(hold));
         }
         if plan.is_ok() {
@@ -272,7 +286,8 @@ impl Shared {
             }
             // Somebody has joined, or says that he is still here; or an earlier attempt took effect.
             let read = state.reconcile(&ended.lease_key).await;
-            plan = read.map_err(|fault| self.failed(fault))?;
+            let read = read.map_err(|fault| self.failed(fault))?;
+            plan = read.filter(|plan| self.is_this(plan));
         }
     }
 
@@ -280,12 +295,13 @@ impl Shared {
     async fn close(&self, plan: &ReconcileRow) -> Result<(), Fault> {
         for gap in &plan.closes {
             let closed = self.terms.state.close_gap(&gap.key, gap.counter).await?;
-            tracing::info!(
-                table = plan.table,
-                gap = gap.key,
-                closed = closed == Written::Yes,
-                "gap closed: the replica equals its source, as far as this gap goes"
-            );
+            let (table, gap) = (&plan.table, &gap.key);
+            match closed {
+                Written::Yes => tracing::info!(table, gap, "gap closed: nothing differs any more"),
+                Written::Refused => {
+                    tracing::info!(table, gap, "found again since, the gap stays open");
+                }
+            }
         }
         crash("gap-closed");
         Ok(())
@@ -298,10 +314,10 @@ impl Shared {
     ) -> Result<(), Fault> {
         let state = &self.terms.state;
         for row in segments.values() {
-            state.delete_key(&row.lease_key).await?;
+            state.delete(row).await?;
         }
         if plan.joined < 2 {
-            state.delete_key(&plan.lease_key).await?;
+            state.delete(plan).await?;
         }
         Ok(())
     }
@@ -338,14 +354,52 @@ async fn is_here(terms: &Terms, plan: &str) {
     let _ = terms.state.replace(&plan, known).await;
 }
 
-/// Removes a comparison from the state table, segments first: without its plan nobody sees them.
+/// Removes a comparison from the state table, unless somebody has changed it since: its plan first, so that
+/// nobody takes part any more.
 ///
 /// # Errors
 /// The fault of the call.
 pub async fn remove(terms: &Terms, job: &Progress<'_>) -> Result<(), Fault> {
-    for row in &job.segments {
-        terms.state.delete_key(&row.lease_key).await?;
+    if terms.state.delete(job.plan).await? == Written::Yes {
+        sweep(terms, &job.segments).await?;
     }
-    terms.state.delete_key(&job.plan.lease_key).await?;
+    Ok(())
+}
+
+/// Has a comparison that has ended begin anew, unless somebody has changed it since.
+///
+/// # Errors
+/// The fault of the call.
+pub async fn begin_anew(terms: &Terms, job: &Progress<'_>) -> Result<(), Fault> {
+    let known = job.plan;
+    let now_ms = terms.clock.now_ms().max(known.at_ms + 1);
+    let plan = ReconcileRow {
+        ended: None,
+        ended_at_ms: None,
+        too_many_deletes: None,
+        // Whoever is still at the one before takes no part in this one.
+        at_ms: now_ms,
+        at: rfc3339(now_ms),
+        lease_counter: known.lease_counter + 1,
+        ..known.clone()
+    };
+    let replaced = terms.state.replace(&plan, known.lease_counter).await?;
+    if replaced == Written::Yes {
+        sweep(terms, &job.segments).await?;
+    }
+    Ok(())
+}
+
+/// Removes segments that nobody needs. One that is held stays: what its holder writes may take effect yet.
+///
+/// # Errors
+/// The fault of the call.
+pub async fn sweep(terms: &Terms, segments: &[&SegmentRow]) -> Result<(), Fault> {
+    let now_ms = terms.clock.now_ms();
+    for row in segments {
+        if row.lease_owner.is_none() || row.until < now_ms {
+            terms.state.delete(*row).await?;
+        }
+    }
     Ok(())
 }

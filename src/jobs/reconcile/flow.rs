@@ -7,6 +7,7 @@ use tokio::sync::Mutex;
 use super::Ended;
 use super::judge::{Flow, FlowWatch};
 use crate::error::Policy;
+use crate::lease::row::Row;
 use crate::lease::table::StateTable;
 
 /// The state table is asked no more often.
@@ -19,6 +20,7 @@ pub struct FlowSource {
     epoch: u64,
     /// A worker whose rows stand still for so long is dead.
     patience: Duration,
+    heeds_doubts: bool,
     known: Mutex<Known>,
 }
 
@@ -36,7 +38,17 @@ impl FlowSource {
             state,
             epoch,
             patience,
+            heeds_doubts: true,
             known: Mutex::default(),
+        }
+    }
+
+    /// As if nothing were in doubt: for who only deletes by key, and need not say what was a difference.
+    #[must_use]
+    pub fn beside_doubts(self) -> Self {
+        Self {
+            heeds_doubts: false,
+            ..self
         }
     }
 
@@ -54,6 +66,15 @@ impl FlowSource {
         }
         let now = Instant::now();
         let flow = match self.state.rows().await {
+            Ok(rows) if !self.heeds_doubts => {
+                let rows: Vec<Row> = rows
+                    .into_iter()
+                    .filter(|row| !matches!(row, Row::Doubt(_)))
+                    .collect();
+                known
+                    .watch
+                    .see(&rows, self.epoch, table, now, self.patience)
+            }
             Ok(rows) => known
                 .watch
                 .see(&rows, self.epoch, table, now, self.patience),

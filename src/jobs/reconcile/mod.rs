@@ -61,6 +61,8 @@ pub const SEGMENTS_AT_ONCE: usize = 4;
 const SEGMENT_BYTES: i64 = 256 << 20;
 /// More parts than this help no more.
 const SEGMENTS_CHOSEN_MAX: u32 = 1_000;
+/// Segments whose deletes wait to be judged, held by one process.
+const PUT_OFF_MAX: usize = 16;
 /// Keys deleted together.
 const DELETED_MAX: usize = 100;
 /// Bytes of the keys that are repaired together: they stand in the row meanwhile.
@@ -105,6 +107,9 @@ pub enum Ended {
 pub trait Hears: Send + Sync {
     /// The target took so many.
     fn applied(&self, items: usize);
+
+    /// Whether what only the target holds may be deleted after all.
+    fn before_deletes(&self) -> BoxFuture<'_, Result<(), Unfinished>>;
 
     /// The target refuses an item for good. It counts as refused only once this is done.
     fn refused<'a>(
@@ -263,7 +268,9 @@ impl Reconcile {
         let mut others = false;
         let mut failed = None;
         loop {
-            while at_work.len() < self.at_once && failed.is_none() {
+            let put_off = in_hand.iter().filter(|one| one.rest.later.is_some());
+            let has_room = put_off.count() + at_work.len() < PUT_OFF_MAX;
+            while has_room && at_work.len() < self.at_once && failed.is_none() {
                 let segment = match self.desk.claim(self.segments, &mine).await {
                     Ok(Claim::Alone(number)) => Segment::alone(self, number),
                     Ok(Claim::Held(hold)) => Segment::held(self, hold),
@@ -296,7 +303,35 @@ impl Reconcile {
                 }
             }
         }
-        failed.map_or(Ok(others), Err)
+        match failed {
+            Some(ended) => Err(ended),
+            None => self.read_later(in_hand).await.map(|()| others),
+        }
+    }
+
+    /// Judges what was put off while it was read: nothing else waits for that.
+    async fn read_later<'a>(&'a self, in_hand: &mut Vec<InHand<'a>>) -> Result<(), Ended> {
+        let mut all = std::mem::take(in_hand).into_iter();
+        while let Some(left) = all.next() {
+            if left.rest.later.is_none() {
+                in_hand.push(left);
+                continue;
+            }
+            match left.segment.read_later(left.rest).await {
+                Ok(None) => {}
+                Ok(Some(read)) => in_hand.push(read),
+                Err(ended) => {
+                    in_hand.extend(all);
+                    return match ended {
+                        Ended::Lost if self.lost.fetch_add(1, Ordering::Relaxed) < LOST_MAX => {
+                            Ok(())
+                        }
+                        ended => Err(ended),
+                    };
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Reads on, beside the other processes of the job, until all segments are read by somebody.
@@ -346,7 +381,13 @@ impl Reconcile {
                 (Some(repairs), Strategy::Mirror) => repairs.max_deletes.of(items),
                 _ => u64::MAX,
             };
+            // An empty source is a wrong one more often than it is right; a person is asked before.
+            let is_empty = self.eager && rows.counts().source_items == 0;
+            let allowed = if is_empty { 0 } else { allowed };
             let too_many = (extra > allowed).then_some((extra, allowed));
+            if extra > 0 && too_many.is_none() {
+                self.before_deletes().await?;
+            }
             let mut mine = std::mem::take(in_hand).into_iter();
             while let Some(left) = mine.next() {
                 let finished = self.finish(left, too_many.is_some(), in_hand).await;
@@ -380,6 +421,21 @@ impl Reconcile {
                 self.read_all(in_hand).await?;
                 rows = shared.rows().await?;
             }
+        }
+    }
+
+    async fn before_deletes(&self) -> Result<(), Ended> {
+        let heard_by = self.repairs.as_ref().and_then(|r| r.heard_by.as_ref());
+        let Some(hears) = heard_by else {
+            return Ok(());
+        };
+        match hears.before_deletes().await {
+            Ok(()) => Ok(()),
+            Err(Unfinished::Failed(fault) | Unfinished::Unanswered(fault)) => Err(Ended::Failed {
+                subject: self.source.name(),
+                fault,
+            }),
+            Err(Unfinished::Unsettled | Unfinished::Stopped) => Err(Ended::Stopped),
         }
     }
 

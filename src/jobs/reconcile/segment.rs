@@ -122,6 +122,31 @@ impl<'a> Segment<'a> {
                 return Err(ended);
             }
         };
+        if rest.later.is_some() {
+            return Ok(Some(InHand::new(self, rest)));
+        }
+        self.ends_read(rest).await
+    }
+
+    /// Judges what was put off, and ends as [`read`](Self::read) does.
+    pub(super) async fn read_later(self, mut rest: Rest) -> Result<Option<InHand<'a>>, Ended> {
+        if let Some(later) = rest.later.take() {
+            match Settler::new(&self).run_later(later).await {
+                Ok(more) => {
+                    rest.extra = more.extra;
+                    rest.unverified.extend(more.unverified);
+                }
+                Err(ended) => {
+                    self.let_go().await;
+                    return Err(ended);
+                }
+            }
+        }
+        self.ends_read(rest).await
+    }
+
+    /// All of it is read and judged.
+    async fn ends_read(self, rest: Rest) -> Result<Option<InHand<'a>>, Ended> {
         if rest.is_empty() {
             self.reading_ends(&Counts::default()).await?;
             return Ok(None);

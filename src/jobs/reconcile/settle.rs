@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 
-use super::join::Side;
+use super::join::{Side, index};
 use super::judge::{Flow, Held, Kind, Suspicion, Verdict};
 use super::ledger::Origin;
 use super::mend::{Fate, mend_read};
@@ -53,11 +53,12 @@ pub(super) struct Settler<'a> {
     open: HashMap<Digest, Vec<super::ledger::Origin>>,
     /// Those that were called different.
     judged: HashSet<Digest>,
-    /// Whether no more suspects come.
+    /// Whether keys that the source lacks are judged now.
     is_scanned: bool,
-    /// Keys that the source lacks, of an eager job: judged once the scan has ended.
+    /// Such keys of an eager job: they are put off until the scan has ended and the changes of before are
+    /// applied. Much of them is gone by then.
     later: Option<Spill>,
-    /// The same, once it has.
+    /// Those that were put off, now that their time has come.
     now: Option<Spilled>,
     rest: Rest,
 }
@@ -84,6 +85,8 @@ struct Look {
 /// What is left to do for a segment once it is read.
 #[derive(Default)]
 pub(super) struct Rest {
+    /// Keys that the source lacked, to be judged when the changes of before are applied.
+    pub(super) later: Option<Spill>,
     /// Keys to delete at the end that do not fit into its row.
     pub(super) extra: Option<Spill>,
     /// Keys that were written and not verified: their last write may come to nothing good.
@@ -92,7 +95,7 @@ pub(super) struct Rest {
 
 impl Rest {
     pub(super) fn is_empty(&self) -> bool {
-        self.extra.is_none() && self.unverified.is_empty()
+        self.later.is_none() && self.extra.is_none() && self.unverified.is_empty()
     }
 }
 
@@ -110,6 +113,16 @@ impl<'a> Settler<'a> {
             now: None,
             rest: Rest::default(),
         }
+    }
+
+    /// Judges what was put off, once the changes of before are applied.
+    pub(super) async fn run_later(mut self, later: Spill) -> Result<Rest, Ended> {
+        self.until_passed().await?;
+        self.is_scanned = true;
+        self.now = Some(later.read().map_err(Ended::File)?);
+        let (nobody, nothing) = mpsc::channel(1);
+        drop(nobody);
+        self.run(nothing).await
     }
 
     /// Settles what comes until nothing comes any more. Returns what is left to do then.
@@ -133,8 +146,7 @@ impl<'a> Settler<'a> {
                 }
             }
             if is_over {
-                self.is_scanned = true;
-                self.take_later().await?;
+                self.take_later()?;
             }
             let due = self.take_due();
             if !due.is_empty() {
@@ -146,10 +158,11 @@ impl<'a> Settler<'a> {
                 continue;
             }
             if self.waiting.is_empty() && is_over {
-                match self.now.is_some() {
-                    true => continue,
-                    false => return Ok(self.rest),
+                if self.now.is_some() {
+                    continue;
                 }
+                self.rest.later = self.later;
+                return Ok(self.rest);
             }
             let next = self.waiting.front().map(|open| open.due);
             let pause = next.map_or(Duration::from_secs(3_600), |due| {
@@ -187,29 +200,36 @@ impl<'a> Settler<'a> {
         }
     }
 
-    /// The scan has ended: what the source lacked is judged, once the changes of before are applied. Much
-    /// of it is gone by then.
-    async fn take_later(&mut self) -> Result<(), Ended> {
-        if let Some(spill) = self.later.take() {
-            // What is in hand until now need not wait for that.
-            self.mend_differing().await?;
-            self.until_passed().await?;
-            self.now = Some(spill.read().map_err(Ended::File)?);
-        }
+    /// Takes in what was put off, as it finds room.
+    fn take_later(&mut self) -> Result<(), Ended> {
         while self.fresh.len() + self.waiting.len() < OPEN_MAX {
             let Some(spilled) = self.now.as_mut().and_then(Iterator::next) else {
                 self.now = None;
                 return Ok(());
             };
-            let (key, page) = spilled.map_err(Ended::File)?;
-            let side = Side::Target;
-            self.take_in(Suspect {
-                key,
-                origins: vec![Origin { side, page }],
-                read: None,
-            });
+            let (key, place) = spilled.map_err(Ended::File)?;
+            self.take_in_later(key, place);
         }
         Ok(())
+    }
+
+    /// A key that was put off, with the page that holds it.
+    fn take_in_later(&mut self, key: ItemKey, place: u64) {
+        let sides = [Side::Source, Side::Target];
+        let side = sides[(place & 1) as usize];
+        let page = place >> 1;
+        let origins = vec![Origin { side, page }];
+        let id = Digest::of_key(&key);
+        if self.judged.contains(&id) {
+            self.segment.book.ledger().settle(&origins);
+        } else if let Some(known) = self.open.get_mut(&id) {
+            known.extend(origins);
+        } else {
+            // Looked at once more, wherever it was read.
+            self.open.insert(id, origins.clone());
+            let read = None;
+            self.fresh.push_back(Suspect { key, origins, read });
+        }
     }
 
     /// Returns once the changes that the source has now are applied.
@@ -390,7 +410,8 @@ impl<'a> Settler<'a> {
                 };
                 let later = self.later.insert(later.map_err(Ended::File)?);
                 for origin in self.open.remove(&id).unwrap_or_default() {
-                    later.push(key, origin.page).map_err(Ended::File)?;
+                    let place = origin.page << 1 | index(origin.side) as u64;
+                    later.push(key, place).map_err(Ended::File)?;
                 }
             }
         }

@@ -125,11 +125,21 @@ impl GapRow {
         }
     }
 
-    /// The same, found at `found_ms` in the shard whose row has the key `shard`.
+    /// The same, found at `found_ms`. Its counter begins there, so that who repairs one of the same name
+    /// that was closed before does not close this one.
     #[must_use]
-    pub fn of_shard(self, shard: String, found_ms: i64) -> Self {
+    pub fn found(self, found_ms: i64) -> Self {
         Self {
             found_at: found_ms,
+            lease_counter: u64::try_from(found_ms).unwrap_or_default(),
+            ..self
+        }
+    }
+
+    /// The same, in the shard whose row has this key.
+    #[must_use]
+    pub fn awaiting(self, shard: String) -> Self {
+        Self {
             awaits: Some(shard),
             ..self
         }

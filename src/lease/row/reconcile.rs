@@ -129,18 +129,26 @@ impl JobKind {
     }
 }
 
+impl JobKind {
+    /// Who wanted the job of this name in this epoch.
+    pub fn of(job: &str, epoch: u64) -> Self {
+        let number = job.rsplit_once('-').and_then(|(_, n)| n.parse().ok());
+        let number: u64 = number.unwrap_or_default();
+        [
+            JobKind::Bootstrap,
+            JobKind::Audit(number),
+            JobKind::GapRepair(number),
+        ]
+        .into_iter()
+        .find(|kind| kind.job(epoch) == job)
+        .unwrap_or(JobKind::Asked)
+    }
+}
+
 impl ReconcileRow {
     /// Who wanted it.
     pub fn kind(&self) -> JobKind {
-        if self.job == JobKind::Bootstrap.job(self.epoch) {
-            return JobKind::Bootstrap;
-        }
-        let number = self.job.rsplit_once('-').and_then(|(_, n)| n.parse().ok());
-        let number: u64 = number.unwrap_or_default();
-        [JobKind::Audit(number), JobKind::GapRepair(number)]
-            .into_iter()
-            .find(|kind| kind.job(self.epoch) == self.job)
-            .unwrap_or(JobKind::Asked)
+        JobKind::of(&self.job, self.epoch)
     }
 
     /// The number of the pass, where it is one of an audit in this epoch.
@@ -207,6 +215,9 @@ pub struct SegmentRow {
     pub table: String,
     /// Its number among the segments.
     pub number: u32,
+    /// When the job began whose part it is: one that begins anew under the same name has other segments.
+    #[serde(default)]
+    pub begun: i64,
     /// Who is at it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_owner: Option<String>,
@@ -257,17 +268,19 @@ pub enum Mark {
 }
 
 impl SegmentRow {
-    /// The segment `number` of a job, not begun yet.
-    pub fn new(job: &str, table: &str, number: u32) -> Self {
+    /// The segment `number` of `plan`, not begun yet. Its counter begins with the time, so that no holder
+    /// of one of the same name from before can take it for his.
+    pub fn new(plan: &ReconcileRow, number: u32, now_ms: i64) -> Self {
         Self {
-            lease_key: format!("{}#{number}", ReconcileRow::key(job, table)),
+            lease_key: format!("{}#{number}", plan.lease_key),
             entity_type: "segment".to_owned(),
             format_version: FORMAT_VERSION,
-            job: job.to_owned(),
-            table: table.to_owned(),
+            job: plan.job.clone(),
+            table: plan.table.clone(),
             number,
+            begun: plan.at_ms,
             lease_owner: None,
-            lease_counter: 0,
+            lease_counter: u64::try_from(now_ms).unwrap_or_default(),
             until: 0,
             source: Mark::Start,
             target: Mark::Start,
@@ -279,6 +292,11 @@ impl SegmentRow {
             scanned: None,
             done: false,
         }
+    }
+
+    /// Whether it is a part of `plan`, as that began.
+    pub fn is_of(&self, plan: &ReconcileRow) -> bool {
+        self.job == plan.job && self.table == plan.table && self.begun == plan.at_ms
     }
 
     /// Whether everything found stands in the row itself.
@@ -342,10 +360,7 @@ pub fn comparison_rows(
 pub fn comparisons<'a>(plans: &'a [ReconcileRow], segments: &'a [SegmentRow]) -> Vec<Progress<'a>> {
     let of = |plan: &'a ReconcileRow| Progress {
         plan,
-        segments: segments
-            .iter()
-            .filter(|row| row.job == plan.job && row.table == plan.table)
-            .collect(),
+        segments: segments.iter().filter(|row| row.is_of(plan)).collect(),
     };
     plans.iter().map(of).collect()
 }
@@ -417,6 +432,11 @@ impl Mending {
 }
 
 impl Progress<'_> {
+    /// Whether a write of it may take effect at `now_ms` or later.
+    pub fn may_write(&self, now_ms: i64) -> bool {
+        self.plan.apply && self.segments.iter().any(|row| row.until >= now_ms)
+    }
+
     /// Whether somebody is at it at `now_ms`, or its last writes may still take effect.
     pub fn is_alive(&self, now_ms: i64) -> bool {
         let at_work = self.segments.iter().any(|row| row.until >= now_ms);
@@ -453,6 +473,8 @@ impl Progress<'_> {
         let took_s = (now_ms - self.plan.at_ms).max(0) as f64 / 1_000.0;
         let left = |whole_s: f64| Some((whole_s * (1.0 - part)) as u64);
         match (part >= FIRST_PART, self.plan.expected_s) {
+            // How much there is, nobody knows.
+            _ if self.plan.items == 0 => None,
             (true, _) => left(took_s / part),
             (false, Some(expected_s)) => left(expected_s as f64),
             (false, None) => None,

@@ -185,7 +185,7 @@ impl State {
 /// How far a job is, for a person.
 pub fn progress(how_far: HowFar) -> String {
     let left = how_far.left_s.map_or_else(
-        || "just begun".to_owned(),
+        || "how long it takes is not known yet".to_owned(),
         |left| format!("about {} left", rough(left)),
     );
     format!("{} %, {left}", how_far.percent)
