@@ -12,7 +12,7 @@ use aws_sdk_dynamodb::types::{
     BillingMode, GlobalSecondaryIndex, KeyType, Projection, ProjectionType, ScalarAttributeType,
 };
 use common::binary::{Worker, provision, run, stderr, stdout};
-use common::stand::{Stand, attribute, delete, key, n, put, s};
+use common::stand::{Stand, attribute, delete, key, n, put, s, text_of};
 use common::{checker, eventually, long, seed};
 use farshore::embedded::gateway::{Fault, Options};
 use futures::StreamExt;
@@ -367,5 +367,44 @@ async fn a_copy_heeds_the_tap() {
     assert!(resumed.status.success(), "{}", stderr(&resumed));
     green_and_right(&stand, &table, &worker, WITHIN).await;
     assert_whole(&stand, &table, &config).await;
+    assert!(worker.stop().await.success());
+}
+
+/// What a copy costs is what it says: a scan of each side, and one more read by key of each item.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_scans_once_and_reads_each_item_once_more() {
+    let stand = Stand::gateways(Options::new(1), Options::new(1).metered()).await;
+    let items = 300;
+    let (table, config) = held(&stand, items, "").await;
+    let worker = Worker::start(&config);
+    green_and_right(&stand, &table, &worker, WITHIN).await;
+    let keys_read = |region: usize| -> usize {
+        let calls = stand.gateways[region].calls_of("BatchGetItem");
+        let of_table = calls.iter().filter(|call| call.tables.contains(&table));
+        of_table.map(|call| call.keys.len()).sum()
+    };
+    // The start asks each side for one key, to see whether it may.
+    assert_eq!((keys_read(0), keys_read(1)), (items + 1, 1));
+    let said = text_of(&worker.log);
+    let said = said.lines().find(|line| line.contains("what it will cost"));
+    let said = said.unwrap().to_owned();
+    let number = |name: &str| -> f64 {
+        let rest = said.split(&format!("{name}=")).nth(1).unwrap();
+        rest.split(' ').next().unwrap().parse().unwrap()
+    };
+    // Each item is smaller than a unit, and all of them smaller than a page.
+    let said = number("source_read_units");
+    assert!(
+        (items as f64 + 1.0..items as f64 + 10.0).contains(&said),
+        "{said}"
+    );
+    // A page or two for the copy, and looks at whether there is anything and whether it may be read.
+    let scans = stand.gateways[0]
+        .calls_where(|call| call.operation == "Scan" && call.tables.contains(&table));
+    assert!(scans.len() <= 4, "{}", scans.len());
+    let writes = stand.gateways[1].calls_of("BatchWriteItem");
+    let written: f64 = writes.iter().map(|call| call.units).sum();
+    assert_eq!(written, items as f64);
+    assert_eq!(number("write_units"), items as f64);
     assert!(worker.stop().await.success());
 }

@@ -93,7 +93,9 @@ struct Stream {
     gaps: BTreeSet<ShardId>,
     /// The number of the last listing when all shards of this old stream were first seen finished.
     finished_at: Option<u64>,
-    /// Since when all shards that may be read are being read, and the stream has a row.
+    /// Keys of the shards that could be read when this task began, and that nobody was seen to read since.
+    unread: Option<BTreeSet<String>>,
+    /// Since when there are none.
     read_since: Option<Instant>,
     /// Keys of the leases that a task of ours works on.
     running: HashMap<tokio::task::Id, String>,
@@ -215,6 +217,7 @@ impl Stream {
             lacking: BTreeMap::new(),
             gaps: BTreeSet::new(),
             finished_at: None,
+            unread: None,
             read_since: None,
             running: HashMap::new(),
             unclean: false,
@@ -295,6 +298,22 @@ impl Stream {
         }
     }
 
+    /// Whether every shard that could be read at the beginning has been read since, or ended. Until its first
+    /// page has come nobody knows whether a position is still there. Those that come later begin while
+    /// somebody looks.
+    fn is_read<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        readable: impl Iterator<Item = &'a ShardRow>,
+    ) -> bool {
+        let keys = || readable.map(|row| row.lease_key.clone()).collect();
+        let unread = self.unread.get_or_insert_with(keys);
+        let open = snapshot.shards.iter().filter(|row| !row.is_finished());
+        let open: BTreeSet<&String> = open.map(|row| &row.lease_key).collect();
+        unread.retain(|key| open.contains(key) && !snapshot.read_now.contains(key));
+        unread.is_empty()
+    }
+
     /// Creates the rows that are missing, takes what may be read, deletes what nobody needs. Never
     /// waits for a listing. Returns whether nothing of the stream is left.
     async fn step(&mut self, snapshot: &Arc<Snapshot>) -> Result<bool, Fault> {
@@ -338,16 +357,16 @@ impl Stream {
         }
         self.retry = None;
         self.backoff.reset();
-        // Until its first page has come, nobody knows whether a shard's position is still there.
-        let mut readable = plan.startable.iter().filter_map(|id| rows.get(id));
-        if stream.initialised && readable.all(|row| snapshot.read_now.contains(&row.lease_key)) {
+        let readable = plan.startable.iter().filter_map(|id| rows.get(id).copied());
+        // As the rows say that are looked at, and not only the stream's own.
+        let mut streams = snapshot.streams.iter();
+        let is_known = streams.any(|row| row.lease_key == stream.lease_key && row.initialised);
+        if is_known && self.is_read(snapshot, readable) {
             let since = *self.read_since.get_or_insert(now);
             // By a reading of the rows that began after all this: it shows what was found meanwhile.
             if context.is_current() && snapshot.begun.is_some_and(|begun| begun >= since) {
                 shared.health.set_started(&context.table.name);
             }
-        } else {
-            self.read_since = None;
         }
         for scope in [Scope::State, Scope::Source] {
             shared

@@ -399,7 +399,8 @@ impl<'a> Segment<'a> {
                     ahead[index(side)] = self.begin(side);
                 }
             }
-            for (origin, entries) in pages {
+            // The target first: what differs is known when the source's item comes, which is in hand then.
+            for (origin, entries) in pages.into_iter().rev() {
                 self.meet(&mut scan.join, origin, entries, suspects).await?;
             }
             self.look_up(&mut scan, suspects).await?;
