@@ -4,7 +4,8 @@
 //! `cargo bench --bench bootstrap -- --items 1000000 --json FILE`
 //!
 //! A source with that many items and a stream that remembers none of them, an empty replica, one worker.
-//! Each side is an embedded server in a process of its own, as in `bench/reconcile.rs`. At the default of
+//! Each side is an embedded server in a process of its own, as in `bench/reconcile.rs`; the replica's is asked
+//! directly, for it is empty when it is scanned. At the default of
 //! 500 read units a second a million items take 35 minutes; `--read-units 0` reads without a limit.
 
 #[path = "reconcile/data.rs"]
@@ -108,7 +109,7 @@ async fn measure(arguments: &Arguments) -> Result<(), Error> {
         arguments,
         port,
         &source.ascending,
-        &target.ascending,
+        &target.direct,
     )?;
     let provisioned = farshore(&config, &["provision", "--apply"]).output()?;
     if !provisioned.status.success() {

@@ -139,6 +139,7 @@ fn by_itself(job: &Job) -> String {
         (Some((extra, allowed)), _) => format!(
             "deletes-outstanding ({extra}): so many items of the replica are not in the source, and no more than {allowed} are deleted without a person. Look at them with `farshore reconcile --table {table} --report FILE`, then delete them with `farshore reconcile --table {table} --apply --max-deletes {extra}`"
         ),
+        (None, true) if job.kind != JobKind::Bootstrap && job.applies => "done".to_owned(),
         (None, true) if job.applies => {
             "all is read, and the stream has not passed its end yet".to_owned()
         }

@@ -38,6 +38,11 @@ pub trait Key: Clone {
     fn digest(&self) -> Digest;
     /// Bytes it holds in memory, about.
     fn bytes(&self) -> usize;
+    /// This one, with what its partner brought along.
+    #[must_use]
+    fn with(self, _partner: Self) -> Self {
+        self
+    }
 }
 
 /// What came of an item.
@@ -129,14 +134,11 @@ impl<K: Key> Join<K> {
                 Met::Settled(None)
             }
             Some(_) => {
-                let partner = self.take(id);
-                let there = partner.as_ref().map(|partner| partner.origin);
-                judge(
-                    key,
-                    there,
-                    digest,
-                    partner.and_then(|partner| partner.digest),
-                )
+                let Some(partner) = self.take(id) else {
+                    return Met::Suspect(key, None);
+                };
+                let there = Some(partner.origin);
+                judge(key.with(partner.key), there, digest, partner.digest)
             }
             // Nobody comes any more.
             None if self.ended[index(origin.side.other())] => Met::Suspect(key, None),

@@ -425,8 +425,10 @@ impl<'a> Segment<'a> {
             let page = place.scan(segment, after).await?;
             let entries = page.items.into_iter().map(|item| Entry {
                 digest: Digest::of_item(&item),
-                key: key_of(&key_names, &item),
-                item: keeps.then_some(item),
+                key: Carried {
+                    key: key_of(&key_names, &item),
+                    item: keeps.then(|| Arc::new(item)),
+                },
             });
             Ok(Page {
                 entries: entries.collect(),
@@ -460,19 +462,18 @@ impl<'a> Segment<'a> {
     /// Meets the items of a page with those of the other side.
     async fn meet(
         &self,
-        join: &mut Join<ItemKey>,
+        join: &mut Join<Carried>,
         origin: Origin,
         entries: Vec<Entry>,
         suspects: &mpsc::Sender<Suspect>,
     ) -> Result<(), Ended> {
-        for Entry { key, digest, item } in entries {
+        for Entry { key, digest } in entries {
             let met = join.meet(origin, key, digest);
-            self.met(met, origin, item, suspects).await?;
+            self.met(met, origin, suspects).await?;
         }
         if self.next(origin.side).is_none() {
             for (key, origin) in join.end(origin.side) {
-                self.met(Met::Suspect(key, None), origin, None, suspects)
-                    .await?;
+                self.met(Met::Suspect(key, None), origin, suspects).await?;
             }
         }
         Ok(())
@@ -491,9 +492,8 @@ impl<'a> Segment<'a> {
     /// What came of an item that was read at `origin`.
     async fn met(
         &self,
-        met: Met<ItemKey>,
+        met: Met<Carried>,
         origin: Origin,
-        item: Option<Item>,
         suspects: &mpsc::Sender<Suspect>,
     ) -> Result<(), Ended> {
         let both = |partner: Option<Origin>| [Some(origin), partner].into_iter().flatten();
@@ -504,11 +504,11 @@ impl<'a> Segment<'a> {
                 self.book.ledger().settle(&origins);
                 Ok(())
             }
-            Met::Suspect(key, partner) => {
+            Met::Suspect(carried, partner) => {
                 let suspect = Suspect {
-                    key,
+                    key: carried.key,
                     origins: both(partner).collect(),
-                    read: match item {
+                    read: match carried.item {
                         Some(item) => Some(self.hold(item).await),
                         None => None,
                     },
@@ -526,13 +526,13 @@ impl<'a> Segment<'a> {
     }
 
     /// Holds an item in memory, once there is room for it.
-    async fn hold(&self, item: Item) -> InMemory {
+    async fn hold(&self, item: Arc<Item>) -> InMemory {
         let kib = u32::try_from(item_bytes(&item) >> 10).unwrap_or(u32::MAX);
         let room = Arc::clone(&self.room);
         // It is never closed.
         let room = room.acquire_many_owned(kib.saturating_add(1).min(ITEMS_KIB_MAX));
         InMemory {
-            item: Arc::new(item),
+            item,
             _room: room.await.ok().map(Arc::new),
         }
     }
@@ -567,7 +567,7 @@ impl<'a> Segment<'a> {
         scan: &mut Scan,
         suspects: &mpsc::Sender<Suspect>,
     ) -> Result<(), Ended> {
-        let mut looks: [Vec<Look<ItemKey>>; 2] = [Vec::new(), Vec::new()];
+        let mut looks: [Vec<Look<Carried>>; 2] = [Vec::new(), Vec::new()];
         while let Some(look) = scan.join.overflow() {
             looks[index(look.origin.side)].push(look);
         }
@@ -582,20 +582,20 @@ impl<'a> Segment<'a> {
             let mut looks = looks.into_iter().peekable();
             while looks.peek().is_some() {
                 let batch: Vec<_> = looks.by_ref().take(BATCH_KEYS_MAX).collect();
-                let keys: Vec<ItemKey> = batch.iter().map(|look| look.key.clone()).collect();
+                let keys: Vec<ItemKey> = batch.iter().map(|look| look.key.key.clone()).collect();
                 let mut found: HashMap<ItemKey, Option<Digest>> = HashMap::new();
                 for item in self.get(other, &keys).await? {
                     found.insert(self.job.key_of(&item), Digest::of_item(&item));
                 }
                 for look in batch {
                     let origin = look.origin;
-                    let there = found.remove(&look.key);
+                    let there = found.remove(&look.key.key);
                     match there.is_some() {
                         true => scan.in_vain += 1,
                         false => scan.in_time += 1,
                     }
                     let met = scan.join.looked_up(look, there);
-                    self.met(met, origin, None, suspects).await?;
+                    self.met(met, origin, suspects).await?;
                 }
             }
         }
@@ -605,10 +605,15 @@ impl<'a> Segment<'a> {
 
 /// An item as it is met.
 struct Entry {
-    key: ItemKey,
+    key: Carried,
     digest: Option<Digest>,
-    /// The item itself, where it may be written at once.
-    item: Option<Item>,
+}
+
+/// What waits for its partner: a key and, where it may be written at once, its item in the source.
+#[derive(Debug, Clone)]
+struct Carried {
+    key: ItemKey,
+    item: Option<Arc<Item>>,
 }
 
 /// A page as it is met: what stands for its items.
@@ -620,7 +625,7 @@ struct Page {
 
 /// How far the scan of a segment is in this process.
 struct Scan {
-    join: Join<ItemKey>,
+    join: Join<Carried>,
     /// Pages read of each side.
     pages: [u64; 2],
     /// Items that were looked up and would have met their partners by waiting.
@@ -636,12 +641,20 @@ impl Scan {
     }
 }
 
-impl join::Key for ItemKey {
+impl join::Key for Carried {
     fn digest(&self) -> Digest {
-        Digest::of_key(self)
+        Digest::of_key(&self.key)
     }
 
     fn bytes(&self) -> usize {
-        self.as_bytes().len()
+        let item = self.item.as_ref().map_or(0, |item| item_bytes(item));
+        self.key.as_bytes().len() + item
+    }
+
+    fn with(self, partner: Self) -> Self {
+        Self {
+            item: self.item.or(partner.item),
+            ..self
+        }
     }
 }
