@@ -153,12 +153,16 @@ fn by_itself(job: &Job) -> String {
                 left_s: job.left_s,
                 ended: false,
             };
+            let found = match job.kind {
+                JobKind::Bootstrap => "item(s) copied",
+                _ => "difference(s)",
+            };
             let by = match job.alive {
                 true => format!("{} process(es)", job.processes),
                 false => "nobody is at it now (no worker, or a closed tap)".to_owned(),
             };
             format!(
-                "{}, {by}, {} difference(s) so far",
+                "{}, {by}, {} {found} so far",
                 health::progress(how_far),
                 job.different
             )
