@@ -210,7 +210,11 @@ impl Found {
                 JobKind::Audit(_) => false,
                 JobKind::Asked => job.plan.ended.is_none(),
                 // Until the stream has passed its end, or a person has said what is to be deleted.
-                JobKind::Bootstrap | JobKind::GapRepair(_) => job.plan.epoch == epoch,
+                JobKind::Bootstrap | JobKind::GapRepair(_) => {
+                    let mut tables = loaded.config.tables.iter();
+                    let is_followed = tables.any(|table| table.name == job.plan.table);
+                    job.plan.epoch == epoch && is_followed
+                }
             };
             if is_shown {
                 found.jobs.push(Job::of(&job, now_ms));
