@@ -20,6 +20,7 @@ use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::backoff::Backoff;
+use crate::dynamo::clock::uptime;
 use crate::error::{Class, Fault, Policy};
 use crate::mutation::trouble;
 use crate::stream::listing::Lister;
@@ -43,10 +44,22 @@ pub struct Listed {
     pub shards: Vec<Shard>,
     /// When it began.
     pub began: Instant,
+    /// When it was complete, by [`uptime`].
+    pub ended: Duration,
+    /// How long it took.
+    pub took: Duration,
     /// How many complete listings there were, this one included.
     pub number: u64,
     /// Whether the service does not know the stream any more.
     pub forgotten: bool,
+}
+
+impl Listed {
+    /// Whether it is younger than `longest`. An older one makes no rows: what it shows may have been read,
+    /// forgotten by the service, and its row deleted since.
+    pub fn is_fresh(&self, longest: Duration) -> bool {
+        uptime().saturating_sub(self.ended) < longest
+    }
 }
 
 /// What discovery tells the worker, and asks it.
@@ -358,6 +371,8 @@ impl Task {
         let listed = Arc::new(Listed {
             shards,
             began,
+            ended: uptime(),
+            took: began.elapsed(),
             number,
             forgotten,
         });

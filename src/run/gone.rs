@@ -2,9 +2,11 @@
 //! gone. A few at a time, and out of the way of whoever takes leases.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use tokio::task::JoinSet;
 
+use crate::dynamo::clock::uptime;
 use crate::error::Fault;
 use crate::stream::ShardId;
 use crate::stream::listing::Lister;
@@ -16,6 +18,8 @@ const AT_ONCE: usize = 8;
 #[derive(Default)]
 pub struct Gone {
     gone: BTreeSet<ShardId>,
+    /// When each of those was said to be gone, by [`uptime`].
+    since: BTreeMap<ShardId, Duration>,
     /// The listing after which each shard was asked about last, and how often it was still there.
     asked: BTreeMap<ShardId, (u64, u32)>,
     queue: VecDeque<ShardId>,
@@ -28,6 +32,12 @@ impl Gone {
         &self.gone
     }
 
+    /// For how long `shard` has been known to be gone.
+    pub fn known_for(&self, shard: &ShardId) -> Duration {
+        let since = self.since.get(shard);
+        since.map_or(Duration::ZERO, |since| uptime().saturating_sub(*since))
+    }
+
     /// How often the service still knew `shard` although a complete listing lacked it.
     pub fn times_there(&self, shard: &ShardId) -> u32 {
         self.asked.get(shard).map_or(0, |(_, times)| *times)
@@ -37,6 +47,7 @@ impl Gone {
     /// what it knew of others.
     pub fn ask(&mut self, lister: &Lister, arn: &str, shards: &BTreeSet<ShardId>, number: u64) {
         self.gone.retain(|shard| shards.contains(shard));
+        self.since.retain(|shard, _| shards.contains(shard));
         self.asked.retain(|shard, _| shards.contains(shard));
         self.queue.retain(|shard| shards.contains(shard));
         for shard in shards {
@@ -74,6 +85,7 @@ impl Gone {
             Ok((shard, Ok(true))) => {
                 // One that nobody asks about any more is of no use.
                 if self.asked.contains_key(&shard) {
+                    self.since.entry(shard.clone()).or_insert_with(uptime);
                     self.gone.insert(shard);
                 }
                 Ok(true)

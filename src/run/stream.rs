@@ -348,7 +348,11 @@ impl Stream {
         if is_held_back(&known, &context.stream_arn) {
             plan.startable.clear();
         }
-        self.create_rows(&plan.create, &stream, &tracked).await?;
+        if plan.create.is_empty() || listed.is_fresh(shared.config.leases.duration) {
+            self.create_rows(&plan.create, &stream, &tracked).await?;
+        } else {
+            context.discovery.list_soon();
+        }
         self.take_share(snapshot, &rows, &plan.startable).await?;
         self.look_for_gone(snapshot, &rows, &tracked, &plan, &listed)
             .await?;

@@ -6,6 +6,10 @@ use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+/// A listing older than so many events makes no rows, and a row goes no sooner after the service said that
+/// its shard is gone.
+const FRESH: u64 = 12;
+
 type Rows = BTreeMap<ShardId, Tracked>;
 
 fn id(n: usize) -> ShardId {
@@ -31,13 +35,18 @@ struct Truth {
 struct Planner {
     listing: Vec<Shard>,
     listings: u64,
+    listed_at: u64,
     rows: Rows,
     known_before_listing: BTreeSet<ShardId>,
     gone: BTreeSet<ShardId>,
     lacking: BTreeMap<ShardId, u64>,
+    /// When the service said that these are gone.
+    forgotten: BTreeMap<ShardId, u64>,
 }
 
 struct World {
+    /// Events so far.
+    now: u64,
     random: StdRng,
     shards: Vec<Truth>,
     rows: Rows,
@@ -51,6 +60,7 @@ struct World {
 impl World {
     fn new(seed: u64) -> Self {
         let mut world = Self {
+            now: 0,
             random: StdRng::seed_from_u64(seed),
             shards: vec![
                 Truth {
@@ -137,6 +147,7 @@ impl World {
         let planner = &mut self.planners[who];
         planner.known_before_listing = planner.rows.keys().cloned().collect();
         planner.listing = listing;
+        planner.listed_at = self.now;
         planner.listings += 1;
     }
 
@@ -177,6 +188,7 @@ impl World {
         }
         let deletable = deletable(&planner.listing, &planner.rows);
         planner.lacking.retain(|id, _| deletable.contains(id));
+        planner.forgotten.retain(|id, _| deletable.contains(id));
         for id in &deletable {
             let first = *planner
                 .lacking
@@ -184,11 +196,15 @@ impl World {
                 .or_insert(planner.listings);
             // On condition of its counter: the row is still as it was read.
             let unchanged = self.rows.get(id) == planner.rows.get(id);
-            if planner.listings > first && self.shards[number(id)].trimmed && unchanged {
-                self.rows.remove(id);
+            if planner.listings > first && self.shards[number(id)].trimmed {
+                let since = *planner.forgotten.entry(id.clone()).or_insert(self.now);
+                if self.now - since >= FRESH && unchanged {
+                    self.rows.remove(id);
+                }
             }
         }
-        for new in plan.create {
+        let is_fresh = self.now - planner.listed_at < FRESH;
+        for new in plan.create.into_iter().filter(|_| is_fresh) {
             self.rows.entry(new.id).or_insert(Tracked {
                 parent: new.parent,
                 children: Vec::new(),
@@ -265,11 +281,11 @@ impl World {
 
     fn event(&mut self, kind: u8) -> Result<(), TestCaseError> {
         let before = self.rows.clone();
+        self.now += 1;
         let who = usize::from(kind % 2);
         match kind / 2 % 10 {
             0 => self.turn_over(),
             1 => self.trim(),
-            // Both list at the same pace, one after the other.
             2 => self.list(0),
             3 => self.list(1),
             4 | 5 => self.read_rows(who),
@@ -300,6 +316,7 @@ impl World {
             if self.is_settled() {
                 return Ok(());
             }
+            self.now += FRESH;
             for who in [0, 1] {
                 self.rows_before = self.rows.clone();
                 self.read_rows(who);

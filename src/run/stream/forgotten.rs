@@ -25,7 +25,8 @@ impl Stream {
     /// * A parent that is nowhere: once it is gone its children may start.
     /// * An unfinished shard that nobody can read now: if it is gone, its records are lost.
     /// * A finished shard that two listings lack: if it is gone, its row is deleted. One listing
-    ///   may be wrong, and so may one reading of the rows.
+    ///   may be wrong, and so may one reading of the rows. Not at once: somebody may be at work on a
+    ///   listing that still shows it, and would make its row anew, unread.
     pub(super) async fn look_for_gone(
         &mut self,
         snapshot: &Snapshot,
@@ -70,7 +71,12 @@ impl Stream {
                 self.vanished(id).await?;
             }
         }
-        let finished = deletable.intersection(self.gone.confirmed());
+        let leases = &context.shared.config.leases;
+        // As long as a listing is believed, and what is sent by it may take effect.
+        let long = leases.duration + leases.late_effect + 2 * listed.took;
+        let finished = deletable
+            .intersection(self.gone.confirmed())
+            .filter(|id| self.gone.known_for(id) >= long);
         let finished: Vec<&ShardRow> = finished.filter_map(|id| rows.get(id).copied()).collect();
         self.delete_rows(&finished).await
     }
