@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
+use aws_sdk_dynamodb::types::WriteRequest;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
 use super::coalesce::Op;
+use super::request::{batch_body, replace_body};
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::table::{KeyPart, describe, primary_key, show_key};
 use crate::dynamo::transmit::{Bound, Left, within};
@@ -283,14 +284,16 @@ impl Writer {
                 "the lease ended before the write could be sent",
             ));
         }
-        let requests = match ops.iter().map(request).collect::<Result<Vec<_>, _>>() {
-            Ok(requests) => requests,
+        let body = match batch_body(&self.target, ops) {
+            Ok(body) => body,
             Err(fault) => return Answer::Failed(fault),
         };
         let call = self
             .client
             .batch_write_item()
-            .request_items(&self.target, requests)
+            .request_items(&self.target, Vec::new())
+            .customize()
+            .mutate_request(move |request| replace_body(request, &body))
             .send();
         // Not answered before the lease's end is as good as not answered.
         let timeout = ATTEMPT_TIMEOUT.min(remaining - LEASE_MARGIN);
@@ -342,33 +345,6 @@ fn unprocessed_fault() -> Fault {
     )
 }
 
-fn request(op: &Op) -> Result<WriteRequest, Fault> {
-    let unbuilt = |error: aws_sdk_dynamodb::error::BuildError| {
-        Fault::own(
-            Operation::Write,
-            Class::Unknown,
-            "request not built",
-            error.to_string(),
-        )
-    };
-    let builder = WriteRequest::builder();
-    Ok(match &op.change.new_image {
-        Some(image) => builder.put_request(
-            PutRequest::builder()
-                .set_item(Some(image.clone()))
-                .build()
-                .map_err(unbuilt)?,
-        ),
-        None => builder.delete_request(
-            DeleteRequest::builder()
-                .set_key(Some(op.change.keys.clone()))
-                .build()
-                .map_err(unbuilt)?,
-        ),
-    }
-    .build())
-}
-
 /// Positions in `ops` of the requests that came back. One that belongs to none of them makes all
 /// count as unprocessed: then nobody knows what was written.
 fn positions(ops: &[Op], unprocessed: impl Iterator<Item = WriteRequest>) -> Vec<usize> {
@@ -411,7 +387,7 @@ mod tests {
     use crate::dynamo::value::Item;
     use crate::stream::change::{Change, Event};
     use crate::stream::sequence::SequenceNumber;
-    use aws_sdk_dynamodb::types::AttributeValue;
+    use aws_sdk_dynamodb::types::{AttributeValue, DeleteRequest, PutRequest};
 
     fn op(slot: u64, id: &str, delete: bool) -> Op {
         let keys = Item::from([("id".to_owned(), AttributeValue::S(id.to_owned()))]);
@@ -434,13 +410,30 @@ mod tests {
         }
     }
 
+    /// As the service sends it back.
+    fn request(op: &Op) -> WriteRequest {
+        let builder = WriteRequest::builder();
+        let keys = Some(op.change.keys.clone());
+        match &op.change.new_image {
+            Some(image) => {
+                let put = PutRequest::builder().set_item(Some(image.clone()));
+                builder.put_request(put.build().unwrap())
+            }
+            None => {
+                let delete = DeleteRequest::builder().set_key(keys);
+                builder.delete_request(delete.build().unwrap())
+            }
+        }
+        .build()
+    }
+
     #[test]
     fn unprocessed_requests_are_matched_to_their_changes() {
         let ops = [op(0, "a", false), op(1, "b", true), op(2, "c", false)];
-        let back = |index: usize| request(&ops[index]).unwrap();
+        let back = |index: usize| request(&ops[index]);
         assert_eq!(positions(&ops, [back(2), back(1)].into_iter()), [2, 1]);
         assert!(positions(&ops, std::iter::empty()).is_empty());
-        let stranger = request(&op(9, "z", false)).unwrap();
+        let stranger = request(&op(9, "z", false));
         assert_eq!(positions(&ops, [stranger].into_iter()), [0, 1, 2]);
     }
 }

@@ -1,7 +1,7 @@
 //! The replica side: what is written, in which order, and how fast.
 //!
 //! [`coalesce`] is pure: it keeps order per key and knows how far everything is durable.
-//! [`batch`] sends, and isolates what the replica refuses; [`conditional`] writes only where it may; [`flood`] tells when that is too much to be
+//! [`batch`] sends, and isolates what the replica refuses; [`request`] is what it sends; [`conditional`] writes only where it may; [`flood`] tells when that is too much to be
 //! the records' own fault; [`budget`] limits write units.
 
 pub mod batch;
@@ -9,3 +9,4 @@ pub mod budget;
 pub mod coalesce;
 pub mod conditional;
 pub mod flood;
+pub mod request;
