@@ -6,6 +6,7 @@
 //!          ─▶ metrics and health
 //! ```
 
+pub mod ahead;
 pub mod audit;
 pub mod context;
 pub mod covered;
@@ -50,6 +51,7 @@ use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
+use ahead::Ahead;
 use context::Shared;
 use doubts::repair_doubts;
 use fleet::Fleet;
@@ -178,6 +180,7 @@ async fn feed_until(
         letters: Semaphore::new(LETTERS_AT_ONCE),
         audits: Semaphore::new(1),
         copies: Semaphore::new(COPIES_AT_ONCE),
+        ahead: Ahead::new(config.worker.read_ahead.as_u64(), config.worker.concurrency),
         halts: Halts::new(&config),
         health,
         board,

@@ -63,6 +63,8 @@ pub struct Window {
     ready: VecDeque<ItemKey>,
     durable: Option<Durable>,
     bytes: usize,
+    /// Room for the slots that one answer finishes.
+    finished: Vec<SlotId>,
 }
 
 #[derive(Debug)]
@@ -117,6 +119,7 @@ impl Window {
             ready: VecDeque::new(),
             durable: None,
             bytes: 0,
+            finished: Vec::new(),
         }
     }
 
@@ -133,6 +136,11 @@ impl Window {
     /// Whether something could be sent now.
     pub fn has_ready(&self) -> bool {
         !self.ready.is_empty()
+    }
+
+    /// How many keys have something that could be sent now, about: one may be listed for what was sent since.
+    pub fn ready(&self) -> usize {
+        self.ready.len()
     }
 
     /// When the source made the oldest change not done, in milliseconds since the epoch.
@@ -208,30 +216,29 @@ impl Window {
         ops
     }
 
-    /// The write of `op` is durable. Returns the changes that this finished: `op` itself last, and
-    /// before it those of its key that it coalesced.
-    pub fn applied(&mut self, op: &Op) -> Vec<Arc<Change>> {
+    /// The write of `op` is durable. `finished` hears of the changes that this finished: `op` itself last,
+    /// and before it those of its key that it coalesced.
+    pub fn applied(&mut self, op: &Op, mut finished: impl FnMut(&Change)) {
         let key = &op.change.key;
         let Some(queue) = self.keys.get_mut(key) else {
-            return Vec::new();
+            return;
         };
         queue.in_flight = None;
-        let mut finished = Vec::new();
-        let mut slots = Vec::new();
+        let mut slots = std::mem::take(&mut self.finished);
         queue.entries.retain(|entry| {
             // A poison change before it stays until it is dead-lettered.
             let is_finished = entry.slot <= op.slot && !entry.poison;
             if is_finished {
                 slots.push(entry.slot);
-                finished.push(Arc::clone(&entry.change));
+                finished(&entry.change);
             }
             !is_finished
         });
-        for slot in slots {
+        for slot in slots.drain(..) {
             self.done(slot);
         }
+        self.finished = slots;
         self.list(key);
-        finished
     }
 
     /// The write of `op` did not happen, or nobody knows: it is sent again, or a newer change of

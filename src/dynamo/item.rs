@@ -1,6 +1,7 @@
 //! The identity of an item: its key attributes in one comparable form.
 
 use std::fmt;
+use std::sync::Arc;
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_smithy_types::Blob;
@@ -8,9 +9,9 @@ use aws_smithy_types::Blob;
 use super::value::{Item, canonical_number};
 
 /// Key attributes of an item in one canonical byte string: equal keys give equal bytes, whatever
-/// the order of the attributes or the spelling of a number.
+/// the order of the attributes or the spelling of a number. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ItemKey(Box<[u8]>);
+pub struct ItemKey(Arc<[u8]>);
 
 impl ItemKey {
     /// The identity that the key attributes `keys` give.
@@ -30,7 +31,7 @@ impl ItemKey {
                 other => push(&mut bytes, b'?', format!("{other:?}").as_bytes()),
             }
         }
-        Self(bytes.into_boxed_slice())
+        Self(bytes.into())
     }
 
     /// The identity of a whole item, by the key attributes that `names` has.

@@ -23,9 +23,12 @@ pub struct UnknownType;
 /// # Errors
 /// [`UnknownType`] where any value in it, at any depth, is of an unknown type.
 pub fn item_from_stream(item: HashMap<String, StreamValue>) -> Result<Item, UnknownType> {
-    item.into_iter()
-        .map(|(name, value)| Ok((name, from_stream(value)?)))
-        .collect()
+    // Collecting results knows no size, and would grow the map step by step.
+    let mut moved = Item::with_capacity(item.len());
+    for (name, value) in item {
+        moved.insert(name, from_stream(value)?);
+    }
+    Ok(moved)
 }
 
 /// Moves one Streams value into a DynamoDB value.

@@ -1,8 +1,8 @@
 //! Every metric: name, unit, labels, meaning. `docs/METRICS.md` is tested against [`METRICS`].
 
-use metrics::{
-    Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
-};
+pub mod replay;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Class, Failure};
@@ -316,7 +316,7 @@ pub fn install() -> Result<PrometheusHandle, Failure> {
 
 /// Makes a table's counters exist before their first event, so that a rate is 0 and not absent.
 pub fn begin(table: &str) {
-    for event in [Event::Insert, Event::Modify, Event::Remove] {
+    for event in Event::ALL {
         counter!(RECORDS, "table" => table.to_owned(), "event" => event.name()).absolute(0);
     }
     for cause in [DoubtCause::Unanswered, DoubtCause::NotReleased] {
@@ -367,19 +367,9 @@ pub fn record(table: &str, event: Event) {
     counter!(RECORDS, "table" => table.to_owned(), "event" => event.name()).increment(1);
 }
 
-/// A change became durable `seconds` after the source made it.
-pub fn lag(table: &str, seconds: f64) {
-    histogram!(LAG, "table" => table.to_owned()).record(seconds);
-}
-
 /// A record was left out as configured.
 pub fn skipped(table: &str, reason: &'static str) {
     counter!(SKIPPED, "table" => table.to_owned(), "reason" => reason).increment(1);
-}
-
-/// Changes were not written because a later one was.
-pub fn coalesced(table: &str, changes: usize) {
-    counter!(COALESCED, "table" => table.to_owned()).increment(changes as u64);
 }
 
 /// Items were written at a cost of `units`.

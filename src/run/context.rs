@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, Semaphore, watch};
 
+use super::ahead::Ahead;
 use super::discovery::{Discovery, Surroundings};
 use super::fleet::Fleet;
 use super::halt::Halts;
@@ -24,6 +25,7 @@ use crate::lease::table::{StateTable, record_gap};
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Scope};
 use crate::observe::metrics;
+use crate::observe::metrics::replay::Replay;
 use crate::stream::listing::Lister;
 use crate::stream::reader::Position;
 use crate::stream::{ShardId, stream_label};
@@ -59,6 +61,8 @@ pub struct Shared {
     pub copies: Semaphore,
     /// What was refused lately, and which tables are halted for it.
     pub halts: Halts,
+    /// What shards hold and have in flight.
+    pub ahead: Arc<Ahead>,
     /// Lists shards at one pace.
     pub lister: Lister,
     /// Live, ready, and why not.
@@ -122,6 +126,8 @@ pub struct TableContext {
     pub writer: Arc<Writer>,
     /// Lists the stream.
     pub discovery: Discovery,
+    /// What each replayed record moves.
+    pub meters: Replay,
 }
 
 impl TableContext {
@@ -140,6 +146,7 @@ impl TableContext {
             table: table.clone(),
             stream_arn: stream_arn.to_owned(),
             discovery,
+            meters: Replay::of(&table.name),
         }))
     }
 

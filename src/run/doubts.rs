@@ -36,7 +36,7 @@ use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::repair::{Attempts, KeepExpired, Refused, Repaired, Repairer, Unfinished};
 use crate::stream::change::decode;
-use crate::stream::reader::{Page, Position, ShardReader};
+use crate::stream::reader::{PAGE_RECORDS_MAX, Page, Position, ShardReader};
 use crate::stream::sequence::SequenceNumber;
 use crate::stream::stream_label;
 
@@ -321,7 +321,7 @@ impl<'a> DoubtRepair<'a> {
                 reader = self.reader(&row, Position::After(read));
                 continue;
             }
-            let page = match reader.next().await {
+            let page = match reader.next(PAGE_RECORDS_MAX).await {
                 Ok(page) => page,
                 Err(fault) => match fault.class {
                     Class::Trimmed => return self.lost(GapReason::Trimmed).await,

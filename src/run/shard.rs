@@ -12,6 +12,7 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::ahead::AtWork;
 use super::context::TableContext;
 use super::doubts::{ShardDoubts, store_inherited};
 use super::letter::Letter;
@@ -19,7 +20,7 @@ use super::source::{Read, Restart, read_shard};
 use super::tap::Gate;
 use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
-use crate::apply::coalesce::{Op, SlotId, Window};
+use crate::apply::coalesce::{SlotId, Window};
 use crate::backoff::Backoff;
 use crate::config::TtlDeletes;
 use crate::dynamo::item::ItemKey;
@@ -32,6 +33,7 @@ use crate::mutation::{crash, trouble};
 use crate::observe::board::{Board, Standing};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
+use crate::observe::metrics::replay::Tally;
 use crate::stream::change::{Event, decode};
 use crate::stream::reader::Position;
 use crate::stream::sequence::SequenceNumber;
@@ -100,6 +102,10 @@ struct Consumer<'a> {
     /// Whether writes may start.
     gate: Gate,
     vital: Vital,
+    /// While there is something in the window, or more to be read.
+    at_work: Option<AtWork>,
+    /// Whether the last page was full.
+    is_behind: bool,
 }
 
 /// Consumes the shard of `lease` until its end, until `stop` asks to drain, or until the lease is
@@ -155,6 +161,8 @@ pub async fn consume(
         restart: None,
         gate: Gate::new(&context.shared, &context.table.name, &stop),
         vital: Vital::new(&context, &lease.shard().0),
+        at_work: None,
+        is_behind: false,
     };
     let ended = consumer.run(&mut reads).await;
     drop(consumer);
@@ -170,7 +178,6 @@ impl<'a> Consumer<'a> {
     async fn run(&mut self, reads: &mut mpsc::Receiver<Read>) -> Ended {
         let stop = self.stop;
         let worker = &self.context.shared.config.worker;
-        let read_ahead = usize::try_from(worker.read_ahead.as_u64()).unwrap_or(usize::MAX);
         let mut checkpoints = tokio::time::interval(worker.checkpoint_every);
         checkpoints.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut draining = false;
@@ -181,10 +188,17 @@ impl<'a> Consumer<'a> {
                 draining = true;
                 reads.close();
             }
+            if self.window.is_empty() && !self.is_behind {
+                self.at_work = None;
+            }
+            let share = self.context.shared.ahead.share();
+            // A page fits beside what is held.
+            let has_room = self.window.bytes() <= share.bytes / 4;
             // Draining, nothing new is sent: what is not durable yet is read again by the next
             // owner, and a shard must not keep its lease for a slow replica's sake.
             if self.gate.is_open() && !draining {
-                self.send();
+                let more = !at_end && has_room && !reads.is_empty();
+                self.send(share.calls, more);
             }
             let answered = self.writes.is_empty() && self.checkpointing.is_none();
             if answered && at_end && self.window.is_empty() {
@@ -220,7 +234,7 @@ impl<'a> Consumer<'a> {
                     let full = draining
                         || at_end
                         || self.restart.is_some()
-                        || self.window.bytes() >= read_ahead;
+                        || !has_room;
                     self.live(full);
                 }
                 // 4. Answers make room and move the watermark.
@@ -236,13 +250,14 @@ impl<'a> Consumer<'a> {
                 // 8. The tap was opened or closed.
                 () = self.gate.moved() => {}
                 // 9. More records, as long as not too many wait.
-                read = reads.recv(), if !draining && !at_end && self.window.bytes() < read_ahead => {
+                read = reads.recv(), if !draining && !at_end && has_room => {
                     match read {
                         Some(mut read) => {
                             self.vital.read();
                             self.lease.note_read();
                             at_end = read.page.end;
                             self.restart = read.restart.take();
+                            self.is_behind = read.is_full && !at_end;
                             self.admit(read);
                         }
                         // The reader ends only after the page that ends the shard. If it ended
@@ -265,6 +280,9 @@ impl<'a> Consumer<'a> {
 
     /// Takes a page into the window.
     fn admit(&mut self, read: Read) {
+        if !read.page.records.is_empty() && self.at_work.is_none() {
+            self.at_work = Some(self.context.shared.ahead.begin());
+        }
         if let Some(caught_up_ms) = read.caught_up_ms
             && self.window.is_empty()
         {
@@ -319,13 +337,14 @@ impl<'a> Consumer<'a> {
         self.vital.turned(durable, rests, full);
     }
 
-    /// Starts writes while there is something to send and room in flight.
-    fn send(&mut self) {
+    /// Starts writes while there is something to send and fewer than `calls` are in flight. Where `more`
+    /// is there to be taken in, only full batches leave: the rest fills up.
+    fn send(&mut self, calls: usize, more: bool) {
         if Instant::now() < self.not_before {
             return;
         }
-        let concurrency = self.context.shared.config.worker.concurrency;
-        while self.writes.len() < concurrency && self.window.has_ready() {
+        let least = if more { BATCH_OPS_MAX } else { 1 };
+        while self.writes.len() < calls && self.window.ready() >= least {
             let ops = self.window.take(BATCH_OPS_MAX, BATCH_BYTES_MAX);
             if ops.is_empty() {
                 break;
@@ -351,11 +370,16 @@ impl<'a> Consumer<'a> {
             self.doubts
                 .add(&from, last, self.context.shared.doubt_until_ms());
         }
+        let mut tally = Tally::default();
         for (op, outcome) in sent.outcomes {
             match outcome {
                 Outcome::Applied => {
                     applied_any = true;
-                    self.on_applied(&op);
+                    let before = tally.records();
+                    self.window
+                        .applied(&op, |change| tally.add(change.event, change.created_ms));
+                    let finished = tally.records() - before;
+                    tally.add_coalesced(finished.saturating_sub(1));
                 }
                 Outcome::Returned => self.window.returned(&op),
                 Outcome::Refused { fault, attempts } => {
@@ -365,6 +389,7 @@ impl<'a> Consumer<'a> {
                 }
             }
         }
+        self.on_applied(&tally);
         match sent.fault {
             Some(fault) => {
                 metrics::retried(table, fault.class);
@@ -393,22 +418,17 @@ impl<'a> Consumer<'a> {
         }
     }
 
-    fn on_applied(&mut self, op: &Op) {
+    fn on_applied(&mut self, tally: &Tally) {
+        if tally.records() == 0 {
+            return;
+        }
         let shared = &self.context.shared;
-        let table = &self.context.table.name;
         let now_ms = shared.source.clock.now_ms();
-        let finished = self.window.applied(op);
-        for change in &finished {
-            metrics::record(table, change.event);
-            metrics::lag(table, (now_ms - change.created_ms).max(0) as f64 / 1_000.0);
-        }
-        let coalesced = finished.len().saturating_sub(1);
-        if coalesced > 0 {
-            metrics::coalesced(table, coalesced);
-            Board::add(&shared.board.totals.coalesced, coalesced as u64);
-        }
-        Board::add(&shared.board.totals.records, finished.len() as u64);
-        shared.halts.applied(table, finished.len() as u64);
+        self.context.meters.applied(tally, now_ms);
+        Board::add(&shared.board.totals.coalesced, tally.coalesced());
+        Board::add(&shared.board.totals.records, tally.records());
+        let table = &self.context.table.name;
+        shared.halts.applied(table, tally.records());
         self.note_durable();
     }
 

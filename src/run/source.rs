@@ -17,8 +17,13 @@ use crate::observe::metrics;
 use crate::stream::reader::{Page, Position, ShardReader};
 use crate::stream::{ShardId, stream_label};
 
-/// A page with this many records was cut by size or count: more is waiting.
+/// A page with this many records, or of so many bytes, was cut by count or size: more is waiting.
 const FULL_PAGE_RECORDS: usize = 200;
+const FULL_PAGE_BYTES: i64 = 512 << 10;
+/// What a record takes besides its images.
+const RECORD_BYTES: usize = 384;
+/// Records so old are of a backlog, however few come at once.
+const BACKLOG_MS: i64 = 3_000;
 /// Consecutive empty pages after which a shard counts as holding nothing more. One proves
 /// nothing: empty pages are normal in the middle of a shard.
 const EMPTY_PAGES_PROVE: usize = 5;
@@ -30,6 +35,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 pub struct Read {
     /// The page.
     pub page: Page,
+    /// Whether more is waiting for certain.
+    pub is_full: bool,
     /// A moment of the source, in milliseconds, up to which the shard was seen to hold nothing
     /// that was not read.
     pub caught_up_ms: Option<i64>,
@@ -48,9 +55,10 @@ pub struct Restart {
 }
 
 impl Read {
-    fn page(page: Page, caught_up_ms: Option<i64>) -> Self {
+    fn page(page: Page, is_full: bool, caught_up_ms: Option<i64>) -> Self {
         Self {
             page,
+            is_full,
             caught_up_ms,
             restart: None,
         }
@@ -58,7 +66,7 @@ impl Read {
 
     fn empty(end: bool) -> Self {
         let records = Vec::new();
-        Self::page(Page { records, end }, None)
+        Self::page(Page { records, end }, false, None)
     }
 }
 
@@ -82,8 +90,14 @@ pub async fn read_shard(
     let mut empty: VecDeque<i64> = VecDeque::with_capacity(EMPTY_PAGES_PROVE);
     let mut proven_ms = proven_ms;
     let mut expired = 0u32;
+    let mut record_bytes = None;
     loop {
         trouble("reader").await;
+        // Nothing is read before what was read last is taken in.
+        let Ok(room) = pages.reserve().await else {
+            return;
+        };
+        drop(room);
         let asked_ms = source.clock.now_ms();
         // A position after a record is refused once it is trimmed; a start by name or time silently
         // begins at what is left. Unread for a day, it may have lost records.
@@ -97,12 +111,18 @@ pub async fn read_shard(
             reader.restart();
             proven_ms = asked_ms;
         }
-        match reader.next().await {
+        let limit = context.shared.ahead.share().page_records(record_bytes);
+        match reader.next(limit).await {
             Ok(page) => {
                 health.succeeded(Scope::Source, table, &shard.0);
                 backoff.reset();
                 expired = 0;
                 let records = page.records.len();
+                let size = size(&page);
+                let is_full = records >= FULL_PAGE_RECORDS.min(limit as usize)
+                    || size.bytes >= FULL_PAGE_BYTES
+                    || size.newest_ms.is_some_and(|ms| asked_ms - ms > BACKLOG_MS);
+                record_bytes = size.record_bytes(records).or(record_bytes);
                 let end = page.end;
                 if records > 0 {
                     empty.clear();
@@ -116,14 +136,19 @@ pub async fn read_shard(
                     .then(|| empty.front().copied())
                     .flatten();
                 proven_ms = proven_ms.max(caught_up_ms.unwrap_or(0));
-                if pages.send(Read::page(page, caught_up_ms)).await.is_err() || end {
+                if pages
+                    .send(Read::page(page, is_full, caught_up_ms))
+                    .await
+                    .is_err()
+                    || end
+                {
                     return;
                 }
                 pause = match records {
                     0 => (pause * 2).clamp(worker.poll_interval, worker.idle_interval),
                     _ => worker.poll_interval,
                 };
-                if records < FULL_PAGE_RECORDS {
+                if !is_full {
                     tokio::time::sleep(pause.min(worker.idle_interval)).await;
                 }
             }
@@ -162,6 +187,34 @@ pub async fn read_shard(
                 }
             }
         }
+    }
+}
+
+/// What a page holds.
+struct Size {
+    /// Bytes of its images, as the service tells them.
+    bytes: i64,
+    /// When the source made the last of its records, in milliseconds since the epoch.
+    newest_ms: Option<i64>,
+}
+
+impl Size {
+    /// What one of its `records` takes in memory, about.
+    fn record_bytes(&self, records: usize) -> Option<usize> {
+        let bytes = usize::try_from(self.bytes).unwrap_or(0);
+        (records > 0).then(|| RECORD_BYTES + bytes / records)
+    }
+}
+
+fn size(page: &Page) -> Size {
+    let bodies = page.records.iter().filter_map(|r| r.dynamodb.as_ref());
+    let newest = bodies
+        .clone()
+        .next_back()
+        .and_then(|body| body.approximate_creation_date_time);
+    Size {
+        bytes: bodies.filter_map(|body| body.size_bytes).sum(),
+        newest_ms: newest.and_then(|time| time.to_millis().ok()),
     }
 }
 

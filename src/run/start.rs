@@ -252,7 +252,7 @@ async fn check_reading(source: &RegionClients, table: &TableDescription) -> Resu
     if let Some(shard) = shard.map(ShardId) {
         let read = patiently(|| async {
             ShardReader::new(streams.clone(), arn, &shard, Position::TrimHorizon)
-                .next()
+                .next(1)
                 .await
         });
         match read.await {

@@ -20,6 +20,9 @@ pub enum Event {
 }
 
 impl Event {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Event; 3] = [Event::Insert, Event::Modify, Event::Remove];
+
     /// The name the service uses.
     pub const fn name(self) -> &'static str {
         match self {

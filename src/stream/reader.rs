@@ -65,11 +65,12 @@ impl ShardReader {
         self.iterator = None;
     }
 
-    /// The next page. An expired iterator is replaced by a new one after the last record.
+    /// The next page, of at most `limit` records. An expired iterator is replaced by a new one after the
+    /// last record.
     ///
     /// # Errors
     /// The fault of the call that failed; calling again goes on where it stopped.
-    pub async fn next(&mut self) -> Result<Page, Fault> {
+    pub async fn next(&mut self, limit: i32) -> Result<Page, Fault> {
         if self.ended {
             return Ok(Page {
                 records: Vec::new(),
@@ -84,7 +85,7 @@ impl ShardReader {
             .client
             .get_records()
             .shard_iterator(&iterator)
-            .limit(PAGE_RECORDS_MAX)
+            .limit(limit.clamp(1, PAGE_RECORDS_MAX))
             .send()
             .await;
         let answer = match answer {

@@ -279,7 +279,7 @@ impl Consumer {
         for (at, op) in sent.ops.iter().enumerate() {
             match &sent.answer {
                 Answer::Done { unprocessed } if !unprocessed.contains(&at) => {
-                    self.window.applied(op);
+                    self.window.applied(op, |_| {});
                 }
                 _ => self.window.returned(op),
             }
