@@ -5,7 +5,7 @@ mod common;
 mod suite;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::types::{
@@ -73,11 +73,12 @@ async fn under_load(seed: u64) {
         stand.gateways[region].inject(fault);
     }
     let stop = Arc::new(AtomicBool::new(false));
+    let changes = Arc::new(AtomicU64::new(0));
     let load = {
         let (stop, client, table) = (Arc::clone(&stop), stand.source.clone(), table.clone());
+        let changes = Arc::clone(&changes);
         let mut random = StdRng::seed_from_u64(seed ^ 7);
         tokio::spawn(async move {
-            let mut changes = 0;
             while !stop.load(Ordering::Relaxed) {
                 let id = format!("k{}", random.random_range(0..2_000));
                 // Refused for a moment: the application would try again.
@@ -92,17 +93,20 @@ async fn under_load(seed: u64) {
                         call.send().await.is_ok()
                     }
                 };
-                changes += u64::from(done);
+                changes.fetch_add(u64::from(done), Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            changes
         })
     };
     let mut workers = [Some(Worker::start(&config)), Some(Worker::start(&other))];
     let configs = [&config, &other];
     let begun = Instant::now();
     let mut kills = 0;
-    while begun.elapsed() < Duration::from_secs(9) {
+    // A busy machine takes longer to bring as much about.
+    let is_enough = |kills| kills >= 4 && changes.load(Ordering::Relaxed) > 200;
+    while begun.elapsed() < Duration::from_secs(9)
+        || !is_enough(kills) && begun.elapsed() < Duration::from_secs(60)
+    {
         tokio::time::sleep(Duration::from_millis(random.random_range(300..1_200))).await;
         let at = random.random_range(0..2);
         if let Some(worker) = workers[at].take() {
@@ -113,15 +117,12 @@ async fn under_load(seed: u64) {
         workers[at] = Some(Worker::start(configs[at]));
     }
     stop.store(true, Ordering::Relaxed);
-    let changes = load.await.unwrap();
+    load.await.unwrap();
     for gateway in &stand.gateways {
         gateway.clear_faults();
         gateway.stop_resharding();
     }
-    assert!(
-        kills >= 4 && changes > 200,
-        "{kills} kills, {changes} changes"
-    );
+    assert!(is_enough(kills), "{kills} kills, {changes:?} changes");
     let [worker, _other] = &workers;
     let worker = worker.as_ref().unwrap();
     green_and_right(&stand, &table, worker, Duration::from_secs(120)).await;
