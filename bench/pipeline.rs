@@ -50,7 +50,7 @@ const TARGET: &str = "us-west-2";
 const PATIENCE: Duration = Duration::from_secs(10 * 60);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Batches of a shard in flight, for the ceiling: the worker's default.
-const CONCURRENCY: usize = 8;
+const CONCURRENCY: usize = 32;
 /// The core of what is measured, and that of everything else.
 const CORE: usize = 0;
 const OTHER_CORE: usize = 1;

@@ -13,10 +13,10 @@ const CALLS_MAX: usize = 256;
 const CALLS_MIN: usize = 2;
 /// What one shard gains nothing from exceeding: some pages of the largest.
 const BYTES_MAX: usize = 8 << 20;
-/// So much every shard may hold: a page of small items.
-const BYTES_MIN: usize = 64 << 10;
-/// Least records asked for at once: fewer would make more calls than batches.
-const PAGE_RECORDS_MIN: usize = 100;
+/// So much every shard may hold: a page of small items, or a few large ones.
+const BYTES_MIN: usize = 256 << 10;
+/// Records asked for first, before anything is known of them.
+const FIRST_PAGE_RECORDS: usize = 100;
 
 /// What a shard may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,12 +28,12 @@ pub struct Share {
 }
 
 impl Share {
-    /// The share of one among `busy` shards at work, of `bytes`; no shard has more than `calls`.
-    pub fn among(busy: usize, bytes: usize, calls: usize) -> Self {
-        let busy = busy.max(1);
+    /// The share of one among `busy` shards at work, of which `writing` may write, of `bytes`; no shard has
+    /// more than `calls`.
+    pub fn among(busy: usize, writing: usize, bytes: usize, calls: usize) -> Self {
         Self {
-            bytes: (bytes / busy).clamp(BYTES_MIN, BYTES_MAX),
-            calls: (CALLS_MAX / busy).max(CALLS_MIN).min(calls),
+            bytes: (bytes / busy.max(1)).clamp(BYTES_MIN, BYTES_MAX),
+            calls: (CALLS_MAX / writing.max(1)).max(CALLS_MIN).min(calls),
         }
     }
 
@@ -42,9 +42,12 @@ impl Share {
     /// begin at once.
     pub fn page_records(&self, record_bytes: Option<usize>) -> i32 {
         let most = usize::try_from(PAGE_RECORDS_MAX).unwrap_or(usize::MAX);
-        let fit = record_bytes.map_or(0, |bytes| self.bytes / 2 / bytes.max(1));
-        // Full batches, where all keys are distinct.
-        let records = (fit / BATCH_OPS_MAX * BATCH_OPS_MAX).clamp(PAGE_RECORDS_MIN, most);
+        let fit = record_bytes.map_or(FIRST_PAGE_RECORDS, |bytes| self.bytes / 2 / bytes.max(1));
+        // Full batches, where all keys are distinct and small.
+        let records = match fit / BATCH_OPS_MAX * BATCH_OPS_MAX {
+            0 => fit.max(1),
+            full => full.min(most),
+        };
         i32::try_from(records).unwrap_or(PAGE_RECORDS_MAX)
     }
 }
@@ -55,11 +58,15 @@ pub struct Ahead {
     bytes: usize,
     calls: usize,
     busy: AtomicUsize,
+    waiting: AtomicUsize,
 }
 
 /// A shard at work, until this is dropped.
 #[derive(Debug)]
-pub struct AtWork(Arc<Ahead>);
+pub struct AtWork {
+    ahead: Arc<Ahead>,
+    waits: bool,
+}
 
 impl Ahead {
     /// `bytes` for all shards together; up to `calls` batches in flight for each.
@@ -68,24 +75,44 @@ impl Ahead {
             bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
             calls,
             busy: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
         })
     }
 
     /// What one shard may have now.
     pub fn share(&self) -> Share {
-        Share::among(self.busy.load(Ordering::Relaxed), self.bytes, self.calls)
+        let busy = self.busy.load(Ordering::Relaxed);
+        let waiting = self.waiting.load(Ordering::Relaxed);
+        Share::among(busy, busy.saturating_sub(waiting), self.bytes, self.calls)
     }
 
     /// One more shard has something to do.
     pub fn begin(self: &Arc<Self>) -> AtWork {
         self.busy.fetch_add(1, Ordering::Relaxed);
-        AtWork(Arc::clone(self))
+        AtWork {
+            ahead: Arc::clone(self),
+            waits: false,
+        }
+    }
+}
+
+impl AtWork {
+    /// Whether it waits, for a person who closed the tap or after a failure: what it holds it keeps, and its
+    /// calls are others'.
+    pub fn wait(&mut self, waits: bool) {
+        match (self.waits, waits) {
+            (false, true) => self.ahead.waiting.fetch_add(1, Ordering::Relaxed),
+            (true, false) => self.ahead.waiting.fetch_sub(1, Ordering::Relaxed),
+            _ => return,
+        };
+        self.waits = waits;
     }
 }
 
 impl Drop for AtWork {
     fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+        self.wait(false);
+        self.ahead.busy.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -97,22 +124,26 @@ mod tests {
     fn what_a_worker_holds_does_not_grow_with_its_shards() {
         let bytes = 64 << 20;
         for busy in 0..2_000 {
-            let share = Share::among(busy, bytes, 32);
+            let share = Share::among(busy, busy, bytes, 32);
             assert!((BYTES_MIN..=BYTES_MAX).contains(&share.bytes));
             assert!((CALLS_MIN..=32).contains(&share.calls));
             assert!(share.bytes * busy <= bytes.max(BYTES_MIN * busy));
             assert!(share.calls * busy <= CALLS_MAX.max(CALLS_MIN * busy));
         }
-        assert_eq!(Share::among(1, bytes, 1).calls, 1, "as configured");
+        assert_eq!(Share::among(1, 1, bytes, 1).calls, 1, "as configured");
     }
 
     #[test]
     fn a_page_is_half_of_the_share() {
-        let share = Share::among(100, 64 << 20, 32);
+        let share = Share::among(100, 100, 64 << 20, 32);
         assert_eq!(share.page_records(Some(1_300)), 250);
         assert_eq!(share.page_records(None), 100);
-        assert_eq!(share.page_records(Some(400 << 10)), 100);
-        assert_eq!(Share::among(1, 64 << 20, 32).page_records(Some(300)), 1_000);
+        assert_eq!(share.page_records(Some(20 << 10)), 16);
+        assert_eq!(share.page_records(Some(400 << 10)), 1);
+        assert_eq!(
+            Share::among(1, 1, 64 << 20, 32).page_records(Some(300)),
+            1_000
+        );
     }
 
     #[test]
@@ -123,5 +154,18 @@ mod tests {
         assert_eq!(ahead.share().bytes, 2 << 20);
         drop(work);
         assert_eq!(ahead.share(), alone);
+    }
+
+    #[test]
+    fn who_waits_leaves_its_calls_to_others_and_keeps_what_it_holds() {
+        let ahead = Ahead::new(64 << 20, 32);
+        let mut paused: Vec<AtWork> = (0..100).map(|_| ahead.begin()).collect();
+        assert_eq!(ahead.share().calls, 2);
+        let bytes = ahead.share().bytes;
+        paused.iter_mut().for_each(|work| work.wait(true));
+        assert_eq!((ahead.share().calls, ahead.share().bytes), (32, bytes));
+        paused[0].wait(false);
+        drop(paused);
+        assert_eq!(ahead.waiting.load(Ordering::Relaxed), 0);
     }
 }

@@ -44,10 +44,8 @@ pub struct Listed {
     pub shards: Vec<Shard>,
     /// When it began.
     pub began: Instant,
-    /// When it was complete, by [`uptime`].
-    pub ended: Duration,
-    /// How long it took.
-    pub took: Duration,
+    /// The same, by [`uptime`].
+    pub began_uptime: Duration,
     /// How many complete listings there were, this one included.
     pub number: u64,
     /// Whether the service does not know the stream any more.
@@ -55,10 +53,10 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// Whether it is younger than `longest`. An older one makes no rows: what it shows may have been read,
+    /// Whether it began less than `longest` ago. An older one makes no rows: what it shows may have been read,
     /// forgotten by the service, and its row deleted since.
     pub fn is_fresh(&self, longest: Duration) -> bool {
-        uptime().saturating_sub(self.ended) < longest
+        uptime().saturating_sub(self.began_uptime) < longest
     }
 }
 
@@ -348,7 +346,7 @@ impl Task {
     /// Lists the whole stream, publishes it, and answers what it can answer.
     async fn list_all(&mut self) {
         trouble("discovery").await;
-        let began = Instant::now();
+        let (began, began_uptime) = (Instant::now(), uptime());
         let pages = AtomicUsize::new(0);
         let on_page = || {
             pages.fetch_add(1, Ordering::Relaxed);
@@ -371,8 +369,7 @@ impl Task {
         let listed = Arc::new(Listed {
             shards,
             began,
-            ended: uptime(),
-            took: began.elapsed(),
+            began_uptime,
             number,
             forgotten,
         });

@@ -188,8 +188,15 @@ impl<'a> Consumer<'a> {
                 draining = true;
                 reads.close();
             }
-            if self.window.is_empty() && !self.is_behind {
-                self.at_work = None;
+            let rests = self.window.is_empty() && !self.is_behind;
+            match (rests, &self.at_work) {
+                (true, Some(_)) => self.at_work = None,
+                (false, None) => self.at_work = Some(self.context.shared.ahead.begin()),
+                _ => {}
+            }
+            if let Some(at_work) = &mut self.at_work {
+                // Others may have the calls that it does not make.
+                at_work.wait(!self.gate.is_open() || self.not_before > Instant::now());
             }
             let share = self.context.shared.ahead.share();
             // A page fits beside what is held.
@@ -280,9 +287,6 @@ impl<'a> Consumer<'a> {
 
     /// Takes a page into the window.
     fn admit(&mut self, read: Read) {
-        if !read.page.records.is_empty() && self.at_work.is_none() {
-            self.at_work = Some(self.context.shared.ahead.begin());
-        }
         if let Some(caught_up_ms) = read.caught_up_ms
             && self.window.is_empty()
         {

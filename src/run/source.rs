@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::context::TableContext;
+use crate::apply::batch::BATCH_OPS_MAX;
 use crate::backoff::Backoff;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Fault, Policy};
@@ -22,6 +23,8 @@ const FULL_PAGE_RECORDS: usize = 200;
 const FULL_PAGE_BYTES: i64 = 512 << 10;
 /// What a record takes besides its images.
 const RECORD_BYTES: usize = 384;
+/// Pause after a page of a backlog that does not fill a batch.
+const SHORT_PAUSE: Duration = Duration::from_millis(50);
 /// Records so old are of a backlog, however few come at once.
 const BACKLOG_MS: i64 = 3_000;
 /// Consecutive empty pages after which a shard counts as holding nothing more. One proves
@@ -150,6 +153,9 @@ pub async fn read_shard(
                 };
                 if !is_full {
                     tokio::time::sleep(pause.min(worker.idle_interval)).await;
+                } else if records < BATCH_OPS_MAX && size.bytes < FULL_PAGE_BYTES {
+                    // Old, but few: they may be live ones of a source whose clock goes otherwise.
+                    tokio::time::sleep(pause.min(SHORT_PAUSE)).await;
                 }
             }
             Err(fault) => {

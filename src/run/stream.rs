@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::context::TableContext;
-use super::discovery::Duty;
+use super::discovery::{Duty, Listed};
 use super::gone::Gone;
 use super::job::{Wanted, plan_of};
 use super::rows::Snapshot;
@@ -348,11 +348,8 @@ impl Stream {
         if is_held_back(&known, &context.stream_arn) {
             plan.startable.clear();
         }
-        if plan.create.is_empty() || listed.is_fresh(shared.config.leases.duration) {
-            self.create_rows(&plan.create, &stream, &tracked).await?;
-        } else {
-            context.discovery.list_soon();
-        }
+        self.create_rows(&plan.create, &stream, &tracked, &listed)
+            .await?;
         self.take_share(snapshot, &rows, &plan.startable).await?;
         self.look_for_gone(snapshot, &rows, &tracked, &plan, &listed)
             .await?;
@@ -388,8 +385,10 @@ impl Stream {
         create: &[Shard],
         stream: &StreamRow,
         tracked: &BTreeMap<ShardId, Tracked>,
+        listed: &Listed,
     ) -> Result<(), Fault> {
         let context = &self.context;
+        let leases = &context.shared.config.leases;
         // A shard found after the first listing starts at its beginning, whatever `start` says.
         let start = if stream.initialised {
             Position::TrimHorizon
@@ -404,6 +403,11 @@ impl Stream {
         });
         let new = &create[..create.len().min(ROWS_A_STEP)];
         for some in new.chunks(ROWS_AT_ONCE) {
+            // Asked again for each part: the process may have been stopped in between.
+            if !listed.is_fresh(leases.duration + leases.late_effect) {
+                context.discovery.list_soon();
+                return Ok(());
+            }
             let made = some.iter().map(|shard| {
                 let parent = shard.parent.as_ref();
                 context.create_shard_row(&shard.id, parent, &start)

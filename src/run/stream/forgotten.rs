@@ -72,8 +72,8 @@ impl Stream {
             }
         }
         let leases = &context.shared.config.leases;
-        // As long as a listing is believed, and what is sent by it may take effect.
-        let long = leases.duration + leases.late_effect + 2 * listed.took;
+        // As long as a listing makes rows, and what is sent by it may take effect.
+        let long = leases.duration + 2 * leases.late_effect;
         let finished = deletable
             .intersection(self.gone.confirmed())
             .filter(|id| self.gone.known_for(id) >= long);
