@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use signs::{LettersLeft, TableDoubts, TableTap, progress};
 
@@ -51,7 +51,7 @@ impl Scope {
 }
 
 /// One reason for not being ready.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Reason {
     /// What kind: `starting`, `outage-source`, `gap-never-copied`, `table-stopped`, `paused`,

@@ -6,3 +6,4 @@ pub mod liveness;
 pub mod metrics;
 pub mod pulse;
 pub mod server;
+pub mod view;
