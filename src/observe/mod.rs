@@ -4,6 +4,7 @@ pub mod board;
 pub mod health;
 pub mod liveness;
 pub mod metrics;
+pub mod page;
 pub mod pulse;
 pub mod server;
 pub mod view;

@@ -1,4 +1,4 @@
-//! The worker's HTTP server: `/metrics`, `/livez`, `/readyz`.
+//! The worker's HTTP server: the page, `/metrics`, `/livez`, `/readyz`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::health::Health;
+use super::page::page;
 use crate::error::Failure;
 
 #[derive(Clone)]
@@ -44,6 +45,7 @@ pub async fn serve(
     stop: CancellationToken,
 ) {
     let router = Router::new()
+        .route("/", get(page))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(render))
