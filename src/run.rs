@@ -20,6 +20,7 @@ pub mod letter;
 pub mod letters;
 pub mod lookout;
 pub mod member;
+pub mod proven;
 pub mod rows;
 pub mod shard;
 pub mod source;

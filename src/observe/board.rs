@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::recovery::Live;
+
 /// A stream keeps its records for 24 hours. Source: the developer guide.
 pub const RETENTION_MS: i64 = 24 * 60 * 60 * 1_000;
 
@@ -17,6 +19,8 @@ pub struct Standing {
     /// the last durable change, or the last time the shard was seen to hold nothing more. `None`
     /// while nobody knows: a shard never read may hold a day's backlog.
     pub applied_until_ms: Option<i64>,
+    /// Before which moment all is proven to be applied, as the shard's row says it, in milliseconds.
+    pub proven_ms: Option<i64>,
 }
 
 impl Standing {
@@ -31,6 +35,12 @@ impl Standing {
     pub fn headroom_s(&self, now_ms: i64) -> Option<f64> {
         let position = self.oldest_open_ms.or(self.applied_until_ms)?;
         Some((position + RETENTION_MS - now_ms).max(0) as f64 / 1_000.0)
+    }
+
+    /// The moment before which all is taken to be applied: what is open was made no earlier.
+    pub fn estimated_ms(&self) -> Option<i64> {
+        let until = self.applied_until_ms?;
+        Some(self.oldest_open_ms.map_or(until, |open| open.min(until)))
     }
 
     /// Everything up to `ms` is known to be applied.
@@ -137,6 +147,11 @@ impl Board {
         }
     }
 
+    /// Where the shards of this process stand.
+    pub fn live(&self) -> Live {
+        self.shards().clone()
+    }
+
     /// Sets the gauges of every table from its worst shard. `open` are all unfinished shards of the
     /// state table, with the moment up to which each is proven: one that nobody here owns counts
     /// as well. `now_ms` is the source's clock. Returns the headroom of every table, in seconds.
@@ -153,6 +168,7 @@ impl Board {
             shards.entry(shard.to_owned()).or_insert(Standing {
                 oldest_open_ms: None,
                 applied_until_ms: Some(proven_ms),
+                proven_ms: None,
             });
         }
         for (table, shards) in &all {
@@ -181,13 +197,13 @@ mod tests {
     fn headroom_runs_down_from_what_is_not_applied() {
         let standing = Standing {
             oldest_open_ms: Some(1_000),
-            applied_until_ms: None,
+            ..Standing::default()
         };
         assert_eq!(standing.iterator_age_s(61_000), 60.0);
         assert_eq!(standing.headroom_s(61_000), Some(86_400.0 - 60.0));
         let idle = Standing {
-            oldest_open_ms: None,
             applied_until_ms: Some(61_000),
+            ..Standing::default()
         };
         assert_eq!(idle.iterator_age_s(61_000), 0.0);
         assert_eq!(idle.headroom_s(61_000), Some(86_400.0));

@@ -5,5 +5,6 @@ pub mod health;
 pub mod liveness;
 pub mod metrics;
 pub mod pulse;
+pub mod recovery;
 pub mod server;
 pub mod view;

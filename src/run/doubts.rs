@@ -529,8 +529,12 @@ impl<'a> DoubtRepair<'a> {
         let at = rfc3339(host_ms());
         // Nothing has to be drained for it: its writes are dead, and what is read now is younger.
         let gap = GapRow::new(row.epoch, &row.table, reason, &detail, at)
-            .found(shared.source.clock.now_ms());
+            .found(shared.source.clock.now_ms())
+            .applied_until(row.applied_until);
         shared.store_gap(&gap, "repair").await;
+        // Nobody reads the state table for longer than a lease: who does not see the gap yet still sees the
+        // doubt, and the recovery point is held back by one of them.
+        tokio::time::sleep(shared.config.leases.duration).await;
         Ok(())
     }
 }

@@ -17,6 +17,7 @@ use crate::lease::table::StateTable;
 use crate::mutation::trouble;
 use crate::observe::health::{Health, Scope};
 use crate::observe::metrics;
+use crate::observe::recovery::Holds;
 use crate::observe::pulse::Pulse;
 
 /// The state table as read at one moment.
@@ -55,6 +56,8 @@ pub struct Snapshot {
     pub plans: Vec<ReconcileRow>,
     /// Their segments.
     pub segments: Vec<SegmentRow>,
+    /// What holds back what the rows of shards may say to be proven.
+    pub holds: Holds,
     /// Whether it has been read at all.
     pub read: bool,
 }
@@ -226,6 +229,7 @@ fn digest(rows: Vec<Row>, observers: &mut Observers, terms: &Terms, health: &Hea
             Row::Job(_) | Row::Other(_) => {}
         }
     }
+    snapshot.holds = Holds::of(&snapshot.doubts, &snapshot.gaps);
     show_gaps(&snapshot, terms, health);
     let now = Instant::now();
     observers.shards.observe(snapshot.shards.iter(), now);
