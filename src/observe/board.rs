@@ -1,11 +1,13 @@
 //! Where every shard of this process stands, and the totals that a person follows.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::recovery::Live;
+use super::history::{History, Look};
+use super::recovery::{Age, Live, Moments};
+use crate::error::Class;
 
 /// A stream keeps its records for 24 hours. Source: the developer guide.
 pub const RETENTION_MS: i64 = 24 * 60 * 60 * 1_000;
@@ -60,6 +62,35 @@ pub struct Totals {
     pub dead_letters: AtomicU64,
 }
 
+/// What one table did since the start of the process.
+#[derive(Debug, Default)]
+pub struct TableTotals {
+    /// Records finished.
+    pub records: AtomicU64,
+    /// When a record was last finished, by the source's clock, in milliseconds; 0 before the first.
+    pub last_record_ms: AtomicI64,
+    /// One more than the largest lag of a record since the last look, in milliseconds; 0 where none was
+    /// applied.
+    lag_more_ms: AtomicI64,
+}
+
+impl TableTotals {
+    /// So many records were finished at `now_ms`, of which the oldest was made `lag_ms` before.
+    pub fn finished(&self, records: u64, now_ms: i64, lag_ms: Option<i64>) {
+        self.records.fetch_add(records, Ordering::Relaxed);
+        self.last_record_ms.fetch_max(now_ms, Ordering::Relaxed);
+        if let Some(lag_ms) = lag_ms {
+            self.lag_more_ms.fetch_max(lag_ms + 1, Ordering::Relaxed);
+        }
+    }
+
+    /// The largest lag since it was last asked.
+    fn take_lag(&self) -> Option<i64> {
+        let more_ms = self.lag_more_ms.swap(0, Ordering::Relaxed);
+        (more_ms > 0).then_some(more_ms - 1)
+    }
+}
+
 /// How the listing of one stream goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Listings {
@@ -79,6 +110,13 @@ pub struct Board {
     listings: Mutex<BTreeMap<(String, String), Listings>>,
     /// Totals since the start.
     pub totals: Totals,
+    tables: Mutex<BTreeMap<String, Arc<TableTotals>>>,
+    /// Dead letters since the start, by table and class.
+    letters: Mutex<BTreeMap<(String, &'static str), u64>>,
+    /// The last hour.
+    pub history: History,
+    /// The recovery point of each table, as last looked.
+    points: Mutex<BTreeMap<String, Moments>>,
 }
 
 impl Board {
@@ -181,6 +219,56 @@ impl Board {
             }
         }
         headrooms
+    }
+
+    /// What `table` did since the start.
+    pub fn table(&self, table: &str) -> Arc<TableTotals> {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(tables.entry(table.to_owned()).or_default())
+    }
+
+    /// What every table did since the start.
+    pub fn tables(&self) -> BTreeMap<String, Arc<TableTotals>> {
+        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        tables.clone()
+    }
+
+    /// A record or repair of `table` became a dead letter.
+    pub fn dead_lettered(&self, table: &str, class: Class) {
+        super::metrics::dead_lettered(table, class);
+        Self::add(&self.totals.dead_letters, 1);
+        let mut letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
+        *letters
+            .entry((table.to_owned(), class.label()))
+            .or_default() += 1;
+    }
+
+    /// Dead letters since the start, by table and class.
+    pub fn letters(&self) -> BTreeMap<(String, &'static str), u64> {
+        let letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
+        letters.clone()
+    }
+
+    /// The recovery points are these now, and the group's is `age` old.
+    pub fn set_points(&self, points: BTreeMap<String, Moments>, age: Age, at_ms: i64) {
+        let tables = self.tables();
+        let look = Look {
+            now: Instant::now(),
+            at_ms,
+            records: self.totals.records.load(Ordering::Relaxed),
+            age,
+        };
+        let lags = tables
+            .iter()
+            .map(|(table, totals)| (table.as_str(), totals.take_lag()));
+        self.history.look(look, lags);
+        *self.points.lock().unwrap_or_else(PoisonError::into_inner) = points;
+    }
+
+    /// The recovery point of each table, as last looked: what was true then is true now.
+    pub fn points(&self) -> BTreeMap<String, Moments> {
+        let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+        points.clone()
     }
 
     /// Adds to a total.

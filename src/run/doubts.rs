@@ -31,7 +31,6 @@ use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS, known_table_id};
 use crate::lease::rules::take_name;
 use crate::lease::table::Written;
-use crate::observe::board::Board;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::repair::{Attempts, KeepExpired, Refused, Repaired, Repairer, Unfinished};
@@ -508,8 +507,7 @@ impl<'a> DoubtRepair<'a> {
             self.covered().note(&refused.change.key, begun);
             self.lettered += 1;
             metrics::repair_refused(table, 1);
-            metrics::dead_lettered(table, refused.fault.class);
-            Board::add(&context.shared.board.totals.dead_letters, 1);
+            context.shared.board.dead_lettered(table, refused.fault.class);
         }
         Ok(())
     }

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use super::context::Shared;
 use super::rows::Snapshot;
 use crate::observe::liveness::Limits;
+use crate::dynamo::clock::{REGIONS_APART_MS, Reading, host_ms};
+use crate::observe::view::ClockOf;
 use crate::observe::recovery::{Ground, Moments, of_shards, of_tables};
 
 impl Shared {
@@ -24,6 +26,17 @@ impl Shared {
             replica_ms: self.target.clock.now_ms(),
             listing_limit_ms: i64::try_from(limit.as_millis()).unwrap_or(i64::MAX),
         })
+    }
+
+    /// The source's clock; before it was heard that of the replica's region, and its error is that much
+    /// greater.
+    pub fn clock(&self) -> Reading {
+        self.clock_and_whose().0
+    }
+
+    /// The same, and whose it is.
+    pub fn clock_and_whose(&self) -> (Reading, ClockOf) {
+        heard(self.source.clock.reading(), self.target.clock.reading())
     }
 
     /// The recovery point of every table. Unknown before the state table was read.
@@ -56,5 +69,32 @@ impl Shared {
             let tables = of_tables(ground, std::iter::once(table));
             tables.get(table).and_then(|moments| moments.proven_ms)
         })
+    }
+}
+
+/// Nobody was heard: this host's clock may be off by as much as that, in milliseconds.
+const HOST_ERROR_MS: i64 = 5 * 60 * 1_000;
+
+/// The best clock there is, of those of both regions.
+pub fn heard(source: Option<Reading>, replica: Option<Reading>) -> (Reading, ClockOf) {
+    match (source, replica) {
+        (Some(source), _) => (source, ClockOf::Source),
+        (None, Some(replica)) => {
+            let error_ms = replica.error_ms + REGIONS_APART_MS;
+            (
+                Reading {
+                    error_ms,
+                    ..replica
+                },
+                ClockOf::Replica,
+            )
+        }
+        (None, None) => {
+            let reading = Reading {
+                now_ms: host_ms(),
+                error_ms: HOST_ERROR_MS,
+            };
+            (reading, ClockOf::Host)
+        }
     }
 }

@@ -263,9 +263,11 @@ impl Stream {
         let table = &self.context.table.name;
         match ended {
             Ok((id, ended)) => {
-                let lease = self.running.remove(&id);
+                self.running.remove(&id);
                 self.unclean |= matches!(ended, Ended::Lost | Ended::Kept);
-                tracing::info!(table, lease, how = ?ended, "shard left");
+                if ended == Ended::Lost {
+                    metrics::lease_lost(table);
+                }
             }
             Err(error) => {
                 let lease = self.running.remove(&error.id());
@@ -619,10 +621,13 @@ impl Stream {
         let Some(lease) = taken else {
             return Ok(false);
         };
+        let expired = row.lease_owner.is_some();
+        metrics::lease_taken(&context.table.name, expired);
         tracing::info!(
             table = context.table.name,
             shard = row.shard_id,
             checkpoint = row.checkpoint,
+            expired,
             "shard taken"
         );
         let key = row.lease_key.clone();
@@ -658,7 +663,7 @@ impl Stream {
                 inherited,
                 drain,
             );
-            tokio::select! {
+            let ended = tokio::select! {
                 ended = consumed => ended,
                 // Renewal ends only when the lease is lost; consume sees that as well, and gets to
                 // clean up after itself.
@@ -667,7 +672,10 @@ impl Stream {
                     std::future::pending::<()>().await;
                 } => Ended::Lost,
                 () = beyond_repair(&health, &table, &shard) => Ended::Lost,
-            }
+            };
+            let checkpoint = lease.row().await.checkpoint;
+            tracing::info!(table, shard, checkpoint, how = ?ended, "shard left");
+            ended
         });
         self.running.insert(task.id(), key);
         Ok(true)

@@ -126,6 +126,8 @@ async fn store_range(
         table,
         shard = %shard,
         cause = range.cause.label(),
+        from = row.from,
+        to = row.to,
         until = rfc3339(range.until_ms),
         "in doubt: writes may still take effect; the keys are repaired afterwards"
     );
