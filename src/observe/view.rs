@@ -4,6 +4,9 @@
 //! Times are RFC 3339 in UTC with milliseconds, durations are seconds. What is absent is not known; of a
 //! recovery point that means infinitely old, unless it says otherwise.
 
+pub mod build;
+pub mod merge;
+
 use serde::{Deserialize, Serialize};
 
 use super::health::Reason;
@@ -27,7 +30,9 @@ pub struct View {
     pub epoch: Option<u64>,
     /// Now, by the clock of the source where it was heard of, else by that of the replica's region.
     pub at: String,
-    /// How far that clock may be off, in seconds. The ages below include it.
+    /// Whose clock that is.
+    pub clock: ClockOf,
+    /// How far that clock may be off, in seconds. The proven ages below include it.
     pub clock_error_seconds: f64,
     /// The worker that answers; absent where only the state table does.
     pub worker: Option<Answering>,
@@ -57,12 +62,26 @@ pub struct View {
     pub jobs: Vec<Job>,
     /// Closed taps.
     pub pauses: Vec<Pause>,
+    /// What does not answer, or refuses.
+    pub outages: Vec<Outage>,
     /// Why the worker is not ready: those of `/readyz`, or what the state table alone shows of them.
     pub reasons: Vec<Reason>,
     /// What changed, newest first, as this process saw it.
     pub events: Vec<Event>,
     /// The last hour, as this process saw it.
     pub history: Option<History>,
+}
+
+/// Whose clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClockOf {
+    /// The source's.
+    Source,
+    /// That of the replica's region: the source was not heard.
+    Replica,
+    /// This host's: no region was heard.
+    Host,
 }
 
 /// The worker that answers.
@@ -185,7 +204,7 @@ pub struct Table {
     pub headroom_seconds: Option<f64>,
     /// Seconds that the oldest record has waited that was read and is not applied, in this process.
     pub iterator_age_seconds: Option<f64>,
-    /// The largest lag of a record applied within the last ten seconds, in seconds.
+    /// The largest lag of a record applied within the last minute, in seconds.
     pub lag_seconds: Option<f64>,
     /// Its shards.
     pub shards: ShardCounts,
@@ -197,7 +216,9 @@ pub struct Table {
     pub doubts: usize,
     /// Its gaps.
     pub gaps: usize,
-    /// When the audit last found it equal.
+    /// Whether an audit compares it.
+    pub audited: bool,
+    /// When that last found it equal.
     pub verified_at: Option<String>,
     /// Items that the audit finds to differ.
     pub drift: u64,
@@ -303,6 +324,26 @@ pub struct Worker {
     pub leaving: bool,
     /// When it last wrote its row.
     pub updated_at: String,
+}
+
+/// What does not answer, or refuses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Outage {
+    /// `source`, `replica`, `state`, `dead-letters`.
+    pub scope: String,
+    /// The table, where it is one table's.
+    pub table: Option<String>,
+    /// Label of the region.
+    pub region: String,
+    /// Since when.
+    pub since: String,
+    /// The class of the failure.
+    pub class: String,
+    /// What the failure is.
+    pub text: String,
+    /// What to do.
+    pub next: String,
 }
 
 /// Records that were never applied.
