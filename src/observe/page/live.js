@@ -20,6 +20,8 @@ const page = {
 
 const line = { heardAt: undefined, since: undefined, wait: EVERY_MS, timer: undefined, asking: false, view: undefined };
 
+const CLOCKS = { source: "the source's", replica: "the replica's", host: "this worker's" };
+
 function showTop(view) {
   say(byId("group"), view.group);
   const active = view.active && view.active !== view.here ? `, active is ${view.active}` : "";
@@ -28,7 +30,9 @@ function showTop(view) {
   const worker = view.worker;
   const up = worker ? secondsBetween(worker.since, view.at) : undefined;
   say(byId("answering"), worker ? `worker ${host(worker.id)}, ${worker.version}, up ${span(up)}` : "");
-  show(byId("clock"), [view.at, view.clockErrorSeconds], () => [time(view.at, view.at), ` UTC ± ${known(view.clockErrorSeconds) ? brief(view.clockErrorSeconds) : "?"}`]);
+  const error = known(view.clockErrorSeconds) ? brief(view.clockErrorSeconds) : "?";
+  const whose = CLOCKS[view.clock] ? ` by ${CLOCKS[view.clock]} clock` : "";
+  show(byId("clock"), [view.at, error, whose], () => [time(view.at, view.at), ` UTC ± ${error}${whose}`]);
 }
 
 function showHeadline(view) {

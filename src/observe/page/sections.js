@@ -225,7 +225,7 @@ const LISTS = {
     key: (event) => `${event.at} ${event.table ?? ""} ${event.text}`,
     limit: 20,
     columns: [
-      { head: "At", cell: (event) => ({ at: event.at }) },
+      { head: "At", cell: (event) => ({ at: event.at }), kind: "at" },
       { head: "Event", cell: eventText, kind: "prose" },
     ],
   },

@@ -75,6 +75,10 @@ impl Stream {
         let of_stream = |row: &&ShardRow| {
             row.stream_arn == parent.stream_arn && row.parent_shard_id.contains(&parent.shard_id)
         };
-        snapshot.shards.iter().filter(of_stream).any(|row| is_ours(&row))
+        snapshot
+            .shards
+            .iter()
+            .filter(of_stream)
+            .any(|row| is_ours(&row))
     }
 }
