@@ -160,7 +160,10 @@ impl Window {
     /// and one that is open takes that back as far as its own.
     pub fn proven_ms(&self) -> Option<i64> {
         let durable = self.newest_durable_ms?;
-        Some(self.oldest_open_ms().map_or(durable, |open| open.min(durable)))
+        Some(
+            self.oldest_open_ms()
+                .map_or(durable, |open| open.min(durable)),
+        )
     }
 
     /// How far everything is durable; `None` before the first change is.
@@ -293,7 +296,11 @@ impl Window {
     fn open_slot(&mut self, sequence: SequenceNumber, created_ms: i64, bytes: usize) -> SlotId {
         let slot = self.first + self.slots.len() as u64;
         self.bytes += SLOT_BYTES + bytes;
-        while self.oldest.back().is_some_and(|(_, later)| *later >= created_ms) {
+        while self
+            .oldest
+            .back()
+            .is_some_and(|(_, later)| *later >= created_ms)
+        {
             self.oldest.pop_back();
         }
         self.oldest.push_back((slot, created_ms));

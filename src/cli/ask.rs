@@ -73,7 +73,10 @@ mod tests {
 
     #[test]
     fn a_worker_is_named_by_host_and_port_with_or_without_a_scheme() {
-        assert_eq!(authority("http://10.0.0.7:9000/").as_deref(), Ok("10.0.0.7:9000"));
+        assert_eq!(
+            authority("http://10.0.0.7:9000/").as_deref(),
+            Ok("10.0.0.7:9000")
+        );
         assert_eq!(authority("worker-7:9464").as_deref(), Ok("worker-7:9464"));
         assert_eq!(authority("http://worker-7").as_deref(), Ok("worker-7:9464"));
         assert!(authority("https://worker-7").is_err());

@@ -104,7 +104,9 @@ fn json(view: &View) -> Result<serde_json::Value, Failure> {
 /// Clears a terminal and goes to its upper left corner.
 fn clear() -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
-    let cleared = stdout.write_all(b"\x1b[H\x1b[2J").and_then(|()| stdout.flush());
+    let cleared = stdout
+        .write_all(b"\x1b[H\x1b[2J")
+        .and_then(|()| stdout.flush());
     cleared.map_err(|error| {
         Failure::new(
             "The terminal could not be cleared",
@@ -232,7 +234,3 @@ pub(super) fn headroom_of(open: &[ShardRow], table: &str) -> Option<i64> {
         .filter_map(|row| Some((row.watermark? + RETENTION_MS - host_ms()).max(0) / 1_000))
         .min()
 }
-
-#[cfg(test)]
-#[path = "status/tests.rs"]
-mod tests;

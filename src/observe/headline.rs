@@ -57,7 +57,10 @@ fn more(found: usize) -> String {
 
 /// ` (orders)`, unless all tables of the group are meant.
 fn of_tables(view: &View, tables: &[&str]) -> String {
-    let all = view.tables.iter().all(|table| tables.contains(&table.name.as_str()));
+    let all = view
+        .tables
+        .iter()
+        .all(|table| tables.contains(&table.name.as_str()));
     match tables.iter().any(|table| table.is_empty()) || all {
         true => String::new(),
         false => format!(" ({})", tables.join(", ")),
@@ -257,7 +260,8 @@ fn quiet(view: &View) -> Option<Headline> {
         return Some(say(Level::Ok, "standby", text, None));
     }
     let waiting = view.dead_letters.waiting.filter(|waiting| *waiting > 0)?;
-    let text = format!("in sync, but {waiting} dead letter(s) wait: those changes are not in the replica");
+    let text =
+        format!("in sync, but {waiting} dead letter(s) wait: those changes are not in the replica");
     let next = "Look at them with `farshore dead-letters`, mend what the replica refused, and bring them home with `farshore redrive --apply`";
     Some(say(Level::Warn, "dead-letters", text, Some(next)))
 }

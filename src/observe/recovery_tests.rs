@@ -120,7 +120,8 @@ fn a_child_has_its_parents_moment_until_it_has_its_own() {
 
 #[test]
 fn an_ended_shard_holds_until_every_child_of_it_has_a_row() {
-    let parent = |children: &[&str], listed| finished(proven(shard("p", None), 5_000), children, listed);
+    let parent =
+        |children: &[&str], listed| finished(proven(shard("p", None), 5_000), children, listed);
     let child = || proven(shard("c", Some("p")), 9_000);
     assert_eq!(Rows::of(vec![parent(&[], true)]).proven(), Some(5_000));
     let one_lacks = Rows::of(vec![parent(&["c", "d"], true), child()]);
@@ -131,7 +132,11 @@ fn an_ended_shard_holds_until_every_child_of_it_has_a_row() {
     assert_eq!(unsure.proven(), Some(5_000));
     assert_eq!(unsure.moments().estimated_ms, Some(9_000));
     unsure.source_ms = 95_001;
-    assert_eq!(unsure.moments().estimated_ms, Some(5_000), "no listing came");
+    assert_eq!(
+        unsure.moments().estimated_ms,
+        Some(5_000),
+        "no listing came"
+    );
     assert_eq!(
         Rows::of(vec![parent(&["c"], true), child()]).proven(),
         Some(9_000)
@@ -142,7 +147,10 @@ fn an_ended_shard_holds_until_every_child_of_it_has_a_row() {
 fn nothing_is_known_before_the_stream_is_and_before_its_shards_are_settled() {
     let mut rows = Rows::of(vec![proven(shard("a", None), 5_000)]);
     rows.streams[0].settled = false;
-    assert_eq!((rows.proven(), rows.moments().estimated_ms), (None, Some(5_000)));
+    assert_eq!(
+        (rows.proven(), rows.moments().estimated_ms),
+        (None, Some(5_000))
+    );
     rows.streams[0].initialised = false;
     assert_eq!(rows.moments(), Moments::UNKNOWN);
     rows.streams.clear();
@@ -205,7 +213,11 @@ fn what_is_in_memory_moves_the_estimate_alone() {
     let shards = BTreeMap::from([("a".to_owned(), standing)]);
     rows.live = BTreeMap::from([("t".to_owned(), shards)]);
     let moments = rows.moments();
-    assert_eq!(moments.proven_ms, Some(6_000), "stored since the rows were read");
+    assert_eq!(
+        moments.proven_ms,
+        Some(6_000),
+        "stored since the rows were read"
+    );
     assert_eq!(moments.estimated_ms, Some(8_000));
 }
 
@@ -223,8 +235,14 @@ fn the_age_includes_the_error_of_the_clock_and_unknown_stays_unknown() {
     assert_eq!((age.proven_s, age.estimated_s), (Some(7.0), Some(1.0)));
     assert_eq!(Moments::UNKNOWN.age(clock), Age::default());
     let group = of_group([moments, Moments::both(Some(5_000))].iter());
-    assert_eq!((group.proven_ms, group.estimated_ms), (Some(4_000), Some(5_000)));
-    assert_eq!(of_group([moments, Moments::UNKNOWN].iter()), Moments::UNKNOWN);
+    assert_eq!(
+        (group.proven_ms, group.estimated_ms),
+        (Some(4_000), Some(5_000))
+    );
+    assert_eq!(
+        of_group([moments, Moments::UNKNOWN].iter()),
+        Moments::UNKNOWN
+    );
 }
 
 #[test]
@@ -233,13 +251,21 @@ fn an_owner_says_nothing_before_it_has_read_what_holds_it_and_never_takes_back()
     let later = |s: u64| Some(start + Duration::from_secs(s));
     let all = |ms| ms;
     let mut proof = Proof::new(Some(3), later(5).unwrap());
-    assert_eq!(proof.may_say(Some(9), later(5), all), Some(3), "read before");
+    assert_eq!(
+        proof.may_say(Some(9), later(5), all),
+        Some(3),
+        "read before"
+    );
     assert_eq!(proof.may_say(Some(9), None, all), Some(3));
     assert_eq!(proof.may_say(Some(9), later(6), all), Some(9));
     proof.doubted(Some(7));
     assert_eq!(proof.may_say(Some(9), later(6), all), Some(7));
     proof.held(true, later(8).unwrap());
-    assert_eq!(proof.may_say(Some(9), later(7), all), Some(3), "not read since");
+    assert_eq!(
+        proof.may_say(Some(9), later(7), all),
+        Some(3),
+        "not read since"
+    );
     let holds = Holds::of(&[doubt("a", Some(7))], &[]);
     let key = shard("a", None).lease_key;
     let let_pass = |ms| holds.let_pass(&key, "t", ms);
@@ -275,7 +301,8 @@ struct World {
     rows: Vec<ShardRow>,
     doubts: Vec<DoubtRow>,
     /// Rows as somebody reads them, partition by partition, while they change.
-    torn: Option<Vec<Option<ShardRow>>>,
+    torn: Option<Torn>,
+    forwards: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -332,6 +359,7 @@ impl World {
             rows: vec![shard("0", None), shard("1", None)],
             doubts: Vec::new(),
             torn: None,
+            forwards: true,
         }
     }
 
@@ -487,15 +515,29 @@ impl World {
         for (id, parent) in listed {
             self.make_row(&id, parent);
         }
+        let named: Vec<(String, String)> = (self.rows.iter())
+            .flat_map(|row| {
+                row.parent_shard_id
+                    .iter()
+                    .map(|p| (p.clone(), row.shard_id.clone()))
+            })
+            .collect();
         for row in &mut self.rows {
             let ended = row.finished_at.filter(|_| row.is_finished());
-            row.children_listed |= ended.is_some_and(|at| at + LISTED_LATE_MS <= now_ms);
+            if ended.is_some_and(|at| at + LISTED_LATE_MS <= now_ms) {
+                row.children_listed = true;
+                let children = named.iter().filter(|(parent, _)| *parent == row.shard_id);
+                row.child_shard_ids = children.map(|(_, child)| child.clone()).collect();
+            }
         }
     }
 
     /// The moment at which the oldest change was made that is not in the replica.
     fn truth(&self) -> Option<i64> {
-        let lacking = self.real.iter().flat_map(|real| real.records[real.applied..].iter());
+        let lacking = self
+            .real
+            .iter()
+            .flat_map(|real| real.records[real.applied..].iter());
         lacking.copied().min()
     }
 
@@ -507,19 +549,33 @@ impl World {
         rows.proven()
     }
 
-    /// Reads one more row of a reading that goes on meanwhile; what it shows once it is complete.
+    /// Reads one more row of a reading that goes on meanwhile; what it shows once it is complete. Rows come
+    /// in any order: those made meanwhile are seen by every other reading.
     fn read_one_more(&mut self) -> Option<Vec<ShardRow>> {
-        let torn = self.torn.get_or_insert_default();
-        let next = torn.len();
-        // In the order of their making, or backwards: any order is possible.
-        match self.rows.get(next) {
-            Some(row) => {
-                torn.push(Some(row.clone()));
-                None
-            }
-            None => self.torn.take().map(|rows| rows.into_iter().flatten().collect()),
+        let last = self.rows.len().saturating_sub(1);
+        let torn = self.torn.get_or_insert_with(|| Torn {
+            read: Vec::new(),
+            next: if self.forwards { 0 } else { last },
+            left: true,
+        });
+        if torn.left {
+            torn.read.extend(self.rows.get(torn.next).cloned());
+            (torn.next, torn.left) = match self.forwards {
+                true => (torn.next + 1, torn.next < last),
+                false => (torn.next.saturating_sub(1), torn.next > 0),
+            };
+            return None;
         }
+        self.forwards = !self.forwards;
+        self.torn.take().map(|torn| torn.read)
     }
+}
+
+/// A reading under way.
+struct Torn {
+    read: Vec<ShardRow>,
+    next: usize,
+    left: bool,
 }
 
 proptest! {
@@ -556,7 +612,11 @@ fn a_thousand_shards_take_no_time() {
     for number in 0..1_000 {
         let parent = format!("p{number}");
         let child = format!("c{number}");
-        shards.push(finished(proven(shard(&parent, None), 5_000), &[&child], true));
+        shards.push(finished(
+            proven(shard(&parent, None), 5_000),
+            &[&child],
+            true,
+        ));
         shards.push(shard(&child, Some(&parent)));
     }
     let rows = Rows::of(shards);

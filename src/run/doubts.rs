@@ -507,7 +507,10 @@ impl<'a> DoubtRepair<'a> {
             self.covered().note(&refused.change.key, begun);
             self.lettered += 1;
             metrics::repair_refused(table, 1);
-            context.shared.board.dead_lettered(table, refused.fault.class);
+            context
+                .shared
+                .board
+                .dead_lettered(table, refused.fault.class);
         }
         Ok(())
     }

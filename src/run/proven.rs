@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use super::context::Shared;
 use super::rows::Snapshot;
-use crate::observe::liveness::Limits;
 use crate::dynamo::clock::{REGIONS_APART_MS, Reading, host_ms};
-use crate::observe::view::ClockOf;
+use crate::observe::liveness::Limits;
 use crate::observe::recovery::{Ground, Moments, of_shards, of_tables};
+use crate::observe::view::ClockOf;
 
 impl Shared {
     /// Does something with all that decides about the recovery point.

@@ -17,9 +17,9 @@ use crate::lease::table::StateTable;
 use crate::mutation::trouble;
 use crate::observe::health::{Health, Scope};
 use crate::observe::metrics;
+use crate::observe::pulse::Pulse;
 use crate::observe::recovery::Holds;
 use crate::observe::view::build::Rows;
-use crate::observe::pulse::Pulse;
 
 /// The state table as read at one moment.
 #[derive(Debug, Default)]

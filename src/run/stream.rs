@@ -365,7 +365,8 @@ impl Stream {
         // As the rows say that are looked at, and not only the stream's own.
         let mut streams = snapshot.streams.iter();
         let is_known = streams.any(|row| row.lease_key == stream.lease_key && row.initialised);
-        self.confirm(snapshot, &rows, &stream, &plan, &listed).await?;
+        self.confirm(snapshot, &rows, &stream, &plan, &listed)
+            .await?;
         if is_known && self.is_read(snapshot, readable) {
             let since = *self.read_since.get_or_insert(now);
             // By a reading of the rows that began after all this: it shows what was found meanwhile.

@@ -7,8 +7,7 @@ use crate::lease::row::HowFar;
 use crate::observe::headline::span;
 use crate::observe::health;
 use crate::observe::view::{
-    ClockOf, Doubts, Job, Level, Pause, RecoveryPoint, RegionState, Shard, ShardState,
-    Table, View,
+    ClockOf, Doubts, Job, Level, Pause, RecoveryPoint, RegionState, Shard, ShardState, Table, View,
 };
 
 /// Events shown in a terminal.
@@ -50,7 +49,9 @@ pub(super) fn as_text(loaded: &Loaded, view: &View) -> String {
     }));
     let letters = &view.dead_letters;
     if let Some(waiting) = letters.waiting.filter(|waiting| *waiting > 0) {
-        lines.push(format!("{waiting} dead letter(s) wait: those changes are not in the replica"));
+        lines.push(format!(
+            "{waiting} dead letter(s) wait: those changes are not in the replica"
+        ));
     }
     for table in &view.tables {
         of_table(&mut lines, view, table);
@@ -86,7 +87,10 @@ fn point(view: &View) -> String {
         ClockOf::Host => "by this host's clock, for no region was heard",
     };
     let headroom = match view.headroom_seconds {
-        Some(left) => format!("; the stream forgets what may not be applied in {}", span(left)),
+        Some(left) => format!(
+            "; the stream forgets what may not be applied in {}",
+            span(left)
+        ),
         None => String::new(),
     };
     format!(
@@ -153,7 +157,10 @@ fn of_shard(shard: &Shard) -> String {
     let progress = match &shard.applied_until {
         Some(until) => {
             let proven = shard.age_seconds;
-            let proven = proven.map_or_else(|| "not known".to_owned(), |age| format!("{} ago", span(age)));
+            let proven = proven.map_or_else(
+                || "not known".to_owned(),
+                |age| format!("{} ago", span(age)),
+            );
             format!("applied until {until} (proven: {proven})")
         }
         None => format!("at {}", shard.position),
@@ -197,7 +204,11 @@ fn by_itself(job: &Job) -> String {
                 left_s: job.seconds_left,
                 ended: false,
             };
-            let found = if is_copy { "item(s) copied" } else { "difference(s)" };
+            let found = if is_copy {
+                "item(s) copied"
+            } else {
+                "difference(s)"
+            };
             let by = match job.alive {
                 true => format!("{} process(es)", job.processes),
                 false => "nobody is at it now (no worker, or a closed tap)".to_owned(),
@@ -235,7 +246,10 @@ fn compared(job: &Job) -> String {
 }
 
 fn paused(what: &str, pause: &Pause) -> String {
-    format!("{what} by {} since {}: {}", pause.by, pause.at, pause.reason)
+    format!(
+        "{what} by {} since {}: {}",
+        pause.by, pause.at, pause.reason
+    )
 }
 
 fn in_doubt(doubts: &Doubts) -> String {

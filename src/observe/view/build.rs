@@ -450,13 +450,7 @@ impl<'a> Builder<'a> {
             if is_asked && job.is_unfinished(self.epoch, self.seen.replica_ms) {
                 let reason = GapReason::ReconcileUnfinished;
                 let at = plan.at.clone();
-                gaps.push(GapRow::new(
-                    plan.epoch,
-                    &plan.table,
-                    reason,
-                    &plan.job,
-                    at,
-                ));
+                gaps.push(GapRow::new(plan.epoch, &plan.table, reason, &plan.job, at));
             }
         }
         gaps.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
@@ -498,11 +492,14 @@ impl<'a> Builder<'a> {
 
     fn dead_letters(&self) -> DeadLetters {
         let facts = &self.seen.facts;
-        let by_reason = facts.lettered.iter().map(|((table, class), count)| Refused {
-            table: table.clone(),
-            class: (*class).to_owned(),
-            count: *count,
-        });
+        let by_reason = facts
+            .lettered
+            .iter()
+            .map(|((table, class), count)| Refused {
+                table: table.clone(),
+                class: (*class).to_owned(),
+                count: *count,
+            });
         DeadLetters {
             waiting: facts.letters.map(|(waiting, _)| waiting),
             oldest_seconds_left: facts.letters.and_then(|(_, left)| left),
@@ -611,7 +608,13 @@ impl<'a> Builder<'a> {
         };
         let living = self.seen.rows.workers.iter().any(|row| self.is_alive(row));
         let last = self.seen.rows.workers.iter().map(|row| row.updated_at);
-        let last = last.chain(self.seen.rows.shards.iter().filter_map(|row| row.updated_at));
+        let last = last.chain(
+            self.seen
+                .rows
+                .shards
+                .iter()
+                .filter_map(|row| row.updated_at),
+        );
         let last_ms = last.max();
         let is_long = last_ms.is_none_or(|at| self.seen.host_ms - at > self.silent_after_ms());
         if self.feeds && !living && is_long {
@@ -619,7 +622,8 @@ impl<'a> Builder<'a> {
                 || "no worker has ever been at work".to_owned(),
                 |at| format!("no worker has been alive since {}", rfc3339(at)),
             );
-            let next = "Start `farshore run` in this region, and look at the log of the worker that ended";
+            let next =
+                "Start `farshore run` in this region, and look at the log of the worker that ended";
             say("nobody-feeds", "", since, next);
         }
         for table in &view.tables {
@@ -638,7 +642,10 @@ impl<'a> Builder<'a> {
             say(&format!("gap-{}", gap.reason), &gap.table, text, &gap.next);
         }
         for pause in &view.pauses {
-            let text = format!("paused by {} since {}: {}", pause.by, pause.at, pause.reason);
+            let text = format!(
+                "paused by {} since {}: {}",
+                pause.by, pause.at, pause.reason
+            );
             let next = "Open the tap again with `farshore resume` before the stream forgets";
             say("paused", pause.table.as_deref().unwrap_or(""), text, next);
         }
@@ -662,7 +669,10 @@ impl<'a> Builder<'a> {
     }
 
     fn reasons_of(&self, table: &Table, say: &mut impl FnMut(&str, &str, String, &str)) {
-        if self.feeds && table.shards.open == 0 {
+        if !self.feeds {
+            return;
+        }
+        if table.shards.open == 0 {
             let text = "nobody reads it: no open shard of it is known".to_owned();
             let next = "Start `farshore run` in this region; if it runs, wait a moment";
             say("starting", &table.name, text, next);

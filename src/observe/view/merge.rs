@@ -81,9 +81,7 @@ fn tables(view: &mut View, worker: &View) {
     }
     let estimated = view.tables.iter();
     let estimated = estimated.map(|table| table.recovery_point.estimated_seconds);
-    view.recovery_point.estimated_seconds = estimated
-        .reduce(|a, b| Some(a?.max(b?)))
-        .flatten();
+    view.recovery_point.estimated_seconds = estimated.reduce(|a, b| Some(a?.max(b?))).flatten();
 }
 
 fn dead_letters(view: &mut View, worker: &View) {
