@@ -234,7 +234,3 @@ pub(super) fn headroom_of(open: &[ShardRow], table: &str) -> Option<i64> {
         .filter_map(|row| Some((row.watermark? + RETENTION_MS - host_ms()).max(0) / 1_000))
         .min()
 }
-
-#[cfg(test)]
-#[path = "status/tests.rs"]
-mod tests;

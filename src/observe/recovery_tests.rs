@@ -301,7 +301,8 @@ struct World {
     rows: Vec<ShardRow>,
     doubts: Vec<DoubtRow>,
     /// Rows as somebody reads them, partition by partition, while they change.
-    torn: Option<Vec<Option<ShardRow>>>,
+    torn: Option<Torn>,
+    forwards: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -358,6 +359,7 @@ impl World {
             rows: vec![shard("0", None), shard("1", None)],
             doubts: Vec::new(),
             torn: None,
+            forwards: true,
         }
     }
 
@@ -513,9 +515,20 @@ impl World {
         for (id, parent) in listed {
             self.make_row(&id, parent);
         }
+        let named: Vec<(String, String)> = (self.rows.iter())
+            .flat_map(|row| {
+                row.parent_shard_id
+                    .iter()
+                    .map(|p| (p.clone(), row.shard_id.clone()))
+            })
+            .collect();
         for row in &mut self.rows {
             let ended = row.finished_at.filter(|_| row.is_finished());
-            row.children_listed |= ended.is_some_and(|at| at + LISTED_LATE_MS <= now_ms);
+            if ended.is_some_and(|at| at + LISTED_LATE_MS <= now_ms) {
+                row.children_listed = true;
+                let children = named.iter().filter(|(parent, _)| *parent == row.shard_id);
+                row.child_shard_ids = children.map(|(_, child)| child.clone()).collect();
+            }
         }
     }
 
@@ -536,22 +549,33 @@ impl World {
         rows.proven()
     }
 
-    /// Reads one more row of a reading that goes on meanwhile; what it shows once it is complete.
+    /// Reads one more row of a reading that goes on meanwhile; what it shows once it is complete. Rows come
+    /// in any order: those made meanwhile are seen by every other reading.
     fn read_one_more(&mut self) -> Option<Vec<ShardRow>> {
-        let torn = self.torn.get_or_insert_default();
-        let next = torn.len();
-        // In the order of their making, or backwards: any order is possible.
-        match self.rows.get(next) {
-            Some(row) => {
-                torn.push(Some(row.clone()));
-                None
-            }
-            None => self
-                .torn
-                .take()
-                .map(|rows| rows.into_iter().flatten().collect()),
+        let last = self.rows.len().saturating_sub(1);
+        let torn = self.torn.get_or_insert_with(|| Torn {
+            read: Vec::new(),
+            next: if self.forwards { 0 } else { last },
+            left: true,
+        });
+        if torn.left {
+            torn.read.extend(self.rows.get(torn.next).cloned());
+            (torn.next, torn.left) = match self.forwards {
+                true => (torn.next + 1, torn.next < last),
+                false => (torn.next.saturating_sub(1), torn.next > 0),
+            };
+            return None;
         }
+        self.forwards = !self.forwards;
+        self.torn.take().map(|torn| torn.read)
     }
+}
+
+/// A reading under way.
+struct Torn {
+    read: Vec<ShardRow>,
+    next: usize,
+    left: bool,
 }
 
 proptest! {

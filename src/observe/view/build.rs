@@ -669,7 +669,10 @@ impl<'a> Builder<'a> {
     }
 
     fn reasons_of(&self, table: &Table, say: &mut impl FnMut(&str, &str, String, &str)) {
-        if self.feeds && table.shards.open == 0 {
+        if !self.feeds {
+            return;
+        }
+        if table.shards.open == 0 {
             let text = "nobody reads it: no open shard of it is known".to_owned();
             let next = "Start `farshore run` in this region; if it runs, wait a moment";
             say("starting", &table.name, text, next);

@@ -1,7 +1,7 @@
 //! That nothing was overlooked: a listing may lack a shard for a while, so only one that began long
 //! enough after the end of a parent, or after the first listing, says that there are no others.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::{ROWS_A_STEP, Stream};
@@ -13,6 +13,17 @@ use crate::run::discovery::Listed;
 use crate::run::rows::Snapshot;
 use crate::stream::ShardId;
 use crate::stream::lineage::Plan;
+
+/// The children of an ended shard: those it names, and those that name it.
+fn children_of(parent: &ShardRow, rows: &BTreeMap<ShardId, &ShardRow>) -> Vec<String> {
+    let named = parent.child_shard_ids.iter().cloned();
+    let naming = rows
+        .values()
+        .filter(|row| row.parent_shard_id.contains(&parent.shard_id))
+        .map(|row| row.shard_id.clone());
+    let all: BTreeSet<String> = named.chain(naming).collect();
+    all.into_iter().collect()
+}
 
 impl Stream {
     /// Stores of which ended shards no child is without a row, and whether no shard of the first listing
@@ -45,6 +56,8 @@ impl Stream {
                     confirmed += 1;
                     let mut sure = (*row).clone();
                     sure.children_listed = true;
+                    // Named, so that whoever reads the rows torn misses those that came later.
+                    sure.child_shard_ids = children_of(row, rows);
                     sure.lease_counter += 1;
                     // Refused where another worker was faster.
                     shared.state.replace(&sure, row.lease_counter).await?;
@@ -58,7 +71,17 @@ impl Stream {
         if wanted {
             context.discovery.list_soon();
         }
-        let is_settled = !stream.settled && is_said(stream.begun_at);
+        // Nobody reads the state table for longer than a lease: who does not see the last of the first shards
+        // yet does not see this either.
+        let lease_ms = shared.config.leases.duration.as_millis();
+        let lease_ms = i64::try_from(lease_ms).unwrap_or(i64::MAX);
+        let is_old = |row: &&ShardRow| row.created_at.saturating_add(lease_ms) <= now_ms;
+        let is_root = |row: &&ShardRow| {
+            !(row.parent_shard_id.iter()).any(|id| rows.contains_key(&ShardId(id.clone())))
+        };
+        let mut roots = rows.values().copied().filter(is_root);
+        let is_settled =
+            !stream.settled && is_said(stream.begun_at) && roots.all(|row| is_old(&row));
         if is_settled && context.is_current() {
             let mut settled = stream.clone();
             settled.settled = true;
