@@ -50,15 +50,17 @@ impl Oldest {
     }
 }
 
-/// What is left for the oldest letter, and whether somebody has to know.
-fn left(sent_ms: i64, now_ms: i64, retention: Duration, waiting: u64) -> LettersLeft {
+/// What is left for the oldest letter, sent at `sent_ms` where any waits, and whether somebody has to know.
+fn left(sent_ms: Option<i64>, now_ms: i64, retention: Duration, waiting: u64) -> LettersLeft {
     let kept_ms = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
-    let left_ms = u64::try_from(sent_ms.saturating_add(kept_ms) - now_ms).unwrap_or(0);
-    let left = Duration::from_millis(left_ms);
+    let left = sent_ms.map(|sent_ms| {
+        let left_ms = u64::try_from(sent_ms.saturating_add(kept_ms) - now_ms).unwrap_or(0);
+        Duration::from_millis(left_ms)
+    });
     LettersLeft {
         waiting,
         left,
-        is_urgent: left < ALARM_BEFORE.min(retention / 4),
+        is_urgent: left.is_some_and(|left| left < ALARM_BEFORE.min(retention / 4)),
     }
 }
 
@@ -76,11 +78,9 @@ pub async fn watch_letters(shared: Arc<Shared>) {
             Ok((waiting, retention)) => {
                 shared.health.succeeded(Scope::DeadLetters, "", "alarm");
                 let now_ms = shared.target.clock.now_ms();
-                let left = oldest
-                    .sent_ms()
-                    .map(|sent_ms| left(sent_ms, now_ms, retention, waiting));
-                metrics::letters_waiting(waiting, left.as_ref().map(|left| left.left));
-                shared.health.set_letters(left);
+                let letters = left(oldest.sent_ms(), now_ms, retention, waiting);
+                metrics::letters_waiting(waiting, letters.left);
+                shared.health.set_letters(letters);
             }
             Err(fault) => {
                 let health = &shared.health;
@@ -133,8 +133,8 @@ mod tests {
     fn the_alarm_comes_a_day_before_or_with_the_last_quarter() {
         let day = Duration::from_secs(24 * 3_600);
         let urgent = |retention: Duration, age: Duration| {
-            let left = left(0, age.as_millis() as i64, retention, 1);
-            (left.is_urgent, left.left)
+            let letters = left(Some(0), age.as_millis() as i64, retention, 1);
+            (letters.is_urgent, letters.left.unwrap())
         };
         let second = Duration::from_secs(1);
         assert_eq!(urgent(14 * day, 13 * day), (false, day));
@@ -142,5 +142,8 @@ mod tests {
         assert!(!urgent(2 * day, 36 * day / 24).0);
         assert!(urgent(2 * day, 37 * day / 24).0);
         assert_eq!(urgent(day, 2 * day), (true, Duration::ZERO));
+        // None waits, and that is known.
+        let none = left(None, 0, day, 0);
+        assert_eq!((none.waiting, none.left, none.is_urgent), (0, None, false));
     }
 }

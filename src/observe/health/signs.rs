@@ -35,8 +35,8 @@ pub struct TableDoubts {
 pub struct LettersLeft {
     /// How many wait.
     pub waiting: u64,
-    /// Time until the queue forgets the oldest.
-    pub left: Duration,
+    /// Time until the queue forgets the oldest, where any waits.
+    pub left: Option<Duration>,
     /// Whether a person has to know.
     pub is_urgent: bool,
 }
@@ -160,7 +160,7 @@ impl State {
                 text: format!(
                     "the queue forgets the oldest of {} dead letter(s) in {}",
                     letters.waiting,
-                    hours(letters.left.as_secs_f64())
+                    hours(letters.left.unwrap_or_default().as_secs_f64())
                 ),
                 next: "Mend what the replica refused and bring them home with `farshore redrive --apply`, or give the queue a longer MessageRetentionPeriod".to_owned(),
             });
@@ -329,14 +329,14 @@ impl Health {
         };
     }
 
-    /// What is left for the dead letters, where any wait.
+    /// The dead letters of the queue, once it was looked at.
     pub fn letters(&self) -> Option<LettersLeft> {
         self.state().letters
     }
 
-    /// What is left for the dead letters, where any wait.
-    pub fn set_letters(&self, letters: Option<LettersLeft>) {
-        self.state().letters = letters;
+    /// The queue was looked at.
+    pub fn set_letters(&self, letters: LettersLeft) {
+        self.state().letters = Some(letters);
     }
 
     /// What the fleet does for `table` to be whole.
