@@ -23,7 +23,10 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-const KEYS: u64 = 24;
+/// So many that every shard has some: one that is never written to proves nothing new.
+const KEYS: u64 = 60;
+/// Open shards of the long form at most.
+const OPEN_MAX: usize = 6;
 
 /// What was written: the versions of each key, each with when it was acknowledged.
 #[derive(Default)]
@@ -78,13 +81,17 @@ struct Shown {
     by: &'static str,
     before: Instant,
     after: Instant,
-    /// Infinite where unknown.
+    /// Infinite where unknown. Without what it includes for the clock's error: here both clocks are one.
     proven_s: f64,
     estimated_s: f64,
 }
 
 fn seconds(point: &Value, kind: &str) -> f64 {
     point[kind].as_f64().unwrap_or(f64::INFINITY)
+}
+
+fn error_s(view: &Value) -> f64 {
+    view["clockErrorSeconds"].as_f64().unwrap_or(0.0)
 }
 
 /// By `/metrics`, or now and then by `/status`.
@@ -103,25 +110,24 @@ async fn ask_worker(worker: &Worker, whole: bool) -> Option<Shown> {
             by: "/status",
             before,
             after,
-            proven_s: seconds(point, "provenSeconds"),
+            proven_s: seconds(point, "provenSeconds") - error_s(&view),
             estimated_s: seconds(point, "estimatedSeconds"),
         });
     }
-    let gauge = |kind: &str| {
-        let is_it = |line: &&str| {
-            line.starts_with("farshore_group_recovery_point_seconds{")
-                && line.contains(&format!("kind=\"{kind}\""))
-        };
+    let gauge = |name: &str, label: &str| {
+        let is_it = |line: &&str| line.starts_with(&format!("{name}{{")) && line.contains(label);
         let line = text.lines().find(is_it)?;
         line.rsplit(' ').next()?.parse::<f64>().ok()
     };
+    let point = |label: &str| gauge("farshore_group_recovery_point_seconds", label);
+    let error_s = gauge("farshore_source_clock_error_seconds", "").unwrap_or(0.0);
     Some(Shown {
         by: "/metrics",
         before,
         after,
         // A worker that has just started has not looked yet.
-        proven_s: gauge("proven").unwrap_or(f64::INFINITY),
-        estimated_s: gauge("estimated").unwrap_or(f64::INFINITY),
+        proven_s: point("kind=\"proven\"").map_or(f64::INFINITY, |s| s - error_s.min(s)),
+        estimated_s: point("kind=\"estimated\"").unwrap_or(f64::INFINITY),
     })
 }
 
@@ -138,7 +144,7 @@ async fn ask_status(config: &Path) -> Option<Shown> {
         by: "status",
         before,
         after,
-        proven_s: seconds(point, "provenSeconds"),
+        proven_s: seconds(point, "provenSeconds") - error_s(&view),
         estimated_s: seconds(point, "estimatedSeconds"),
     })
 }
@@ -205,10 +211,6 @@ impl Sampler {
                 "{phase}: {} shows {} s proven, and a write is missing for {least} s",
                 shown.by, shown.proven_s
             ));
-        }
-        if shown.estimated_s > shown.proven_s {
-            self.wrong
-                .push(format!("{phase}: the estimated one is older than proven"));
         }
         if estimated {
             let off = (shown.estimated_s - most).max(least - shown.estimated_s);
@@ -358,6 +360,14 @@ async fn the_proven_recovery_point_is_never_younger_than_the_truth() {
     let mut scene = Scene::new(seed, source).await;
     scene.sampler.phase("calm");
     scene.sample_for(Duration::from_millis(2_500), true).await;
+
+    scene.sampler.phase("the source is away");
+    scene.stand.gateways[0].go_away(Outage::Refused).await;
+    scene.sample_for(Duration::from_millis(1_000), false).await;
+    scene.stand.gateways[0].come_back().await;
+    scene.sample_for(Duration::from_millis(1_500), false).await;
+
+    scene.sampler.phase("calm again");
     scene.until_known().await;
     scene.sample_for(Duration::from_millis(500), true).await;
 
@@ -368,26 +378,20 @@ async fn the_proven_recovery_point_is_never_younger_than_the_truth() {
     denied.off();
     scene.sample_for(Duration::from_millis(700), false).await;
 
+    scene.sampler.phase("late effects");
+    // Held for much longer than a lease: given up, written again, overtaken, and then delivered.
+    let held = Fault::hold(Duration::from_millis(3_500))
+        .on("BatchWriteItem")
+        .times(3);
+    let held = scene.stand.gateways[1].inject(held);
+    scene.sample_for(Duration::from_millis(4_200), false).await;
+    assert!(held.hits() > 0, "nothing was held back");
+
     scene.sampler.phase("rotated");
     scene.stand.gateways[0]
         .rotate_all(&scene.sampler.table)
         .unwrap();
     scene.sample_for(Duration::from_millis(1_000), false).await;
-
-    scene.sampler.phase("the source is away");
-    scene.stand.gateways[0].go_away(Outage::Refused).await;
-    scene.sample_for(Duration::from_millis(1_000), false).await;
-    scene.stand.gateways[0].come_back().await;
-    scene.sample_for(Duration::from_millis(500), false).await;
-
-    scene.sampler.phase("late effects");
-    // Held for longer than a lease: given up, written again, overtaken, and then delivered.
-    let held = Fault::hold(Duration::from_millis(1_500))
-        .on("BatchWriteItem")
-        .times(2);
-    let held = scene.stand.gateways[1].inject(held);
-    scene.sample_for(Duration::from_millis(2_500), false).await;
-    assert!(held.hits() > 0, "nothing was held back");
 
     scene.sampler.phase("killed, and nobody there");
     scene.kill(0);
@@ -472,9 +476,10 @@ async fn mishap(scene: &mut Scene, random: &mut StdRng) {
             scene.sampler.phase("splits");
             let table = scene.sampler.table.clone();
             let gateway = &scene.stand.gateways[0];
-            let open = gateway.shards(&table);
-            let open = open.iter().filter(|shard| shard.open).take(2);
-            for shard in open {
+            let open = gateway.shards(&table).into_iter();
+            let open: Vec<_> = open.filter(|shard| shard.open).collect();
+            let room = OPEN_MAX.saturating_sub(open.len());
+            for shard in open.iter().take(room) {
                 // Rotated meanwhile, it is no open shard any more.
                 let _ = gateway.split(&table, &shard.id);
             }
@@ -494,7 +499,7 @@ async fn whatever_happens_the_proven_recovery_point_is_never_younger_than_the_tr
     }
     let source = Options::new(seed)
         .shards(3)
-        .rotate_every(Duration::from_secs(20))
+        .rotate_every(Duration::from_secs(60))
         .fault(Fault::empty_page().chance(0.3))
         .fault(Fault::missing_shard().chance(0.3))
         .fault(Fault::late_children(Duration::from_secs(2)));
@@ -510,13 +515,13 @@ async fn whatever_happens_the_proven_recovery_point_is_never_younger_than_the_tr
     scene.stand.gateways[0].stop_resharding();
     scene.settle().await;
     scene.sampler.judge(seed);
-    let known: usize = scene
-        .sampler
-        .phases
-        .iter()
-        .map(|(_, tally)| tally.known)
-        .sum();
-    assert!(known > 50, "seed {seed}: the point was hardly ever known");
+    // An old one is no feat.
+    let near = |(_, tally): &&(&str, Tally)| tally.least_above.is_some_and(|above| above < 10.0);
+    let near = scene.sampler.phases.iter().filter(near).count();
+    assert!(
+        near > 3,
+        "seed {seed}: the point was near the truth in {near} phases only"
+    );
 }
 
 /// An outage is two lines of the log, however many shards and retries it has.
