@@ -104,7 +104,7 @@ fn under_load(scene: &Scene, browser: &mut Browser) {
             "in sync",
             "OK",
             &scene.table,
-            "live",
+            "asked every 2 s",
             "us-east-1",
             "us-west-2",
         ],
@@ -253,7 +253,7 @@ async fn a_death(
     scene.audit();
     let worker = scene.worker().await;
     prometheus.wait_for("FarshoreNobodyFeeds", false).await;
-    browser.wait_for(&["live", "in sync"], WITHIN);
+    browser.wait_for(&["asked every 2 s", "in sync"], WITHIN);
     assert_eq!(
         browser.eval("document.body.classList.contains('stale')"),
         json!(false)

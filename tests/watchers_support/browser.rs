@@ -189,7 +189,7 @@ impl Browser {
         self.call("Emulation.setEmulatedMedia", media);
     }
 
-    /// A picture of the whole page, and whether anything sticks out of it at the side.
+    /// A picture of the whole page, and whether anything sticks out at the side, of it or of one of its cards.
     pub fn picture(&mut self, file: &Path) -> Result<(), String> {
         // Two frames: what follows the new width has been laid out.
         self.eval("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))");
@@ -202,9 +202,11 @@ impl Browser {
         let answer = self.call("Page.captureScreenshot", asked);
         let bytes = STANDARD.decode(answer["data"].as_str().unwrap()).unwrap();
         std::fs::write(file, bytes).unwrap();
-        match wide <= width {
+        let cards = "[...document.querySelectorAll('.card, .figure, .banner')].filter(card => card.scrollWidth > card.clientWidth + 1).map(card => card.innerText.slice(0, 40))";
+        let cards = self.eval(cards);
+        match wide <= width && cards == json!([]) {
             true => Ok(()),
-            false => Err(format!("{}: {wide} px wide", file.display())),
+            false => Err(format!("{}: {wide} px wide, {cards}", file.display())),
         }
     }
 

@@ -65,7 +65,8 @@ function showAll(view) {
   showLetters(view);
   byId("reasons").hidden = !(view.reasons?.length > 0);
   for (const [list, grid] of page.lists) grid.fill(list.rows(view) ?? [], view.at);
-  byId("charts").hidden = !view.flow && !(view.history?.points?.length > 0);
+  // Where nothing is fed, there is nothing to say about it: neither good nor bad.
+  for (const id of ["figures-section", "charts", "troubles", "shards-section"]) byId(id).hidden = !isFed(view);
   for (const chart of page.charts) chart.fill(view.history, view.at);
   page.shards.fill(view.shards ?? [], view.at);
 }

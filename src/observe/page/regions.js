@@ -15,6 +15,11 @@ const REGION_STATES = {
 
 const ROLES = { active: "active: the application writes here", replica: "replica: fed from the active region", other: "not part of this flow" };
 
+/** Whether anything is fed where this is seen from: not where the region is active. */
+function isFed(view) {
+  return view.flow !== null && view.flow !== undefined;
+}
+
 /** Records a second over the last step of the history. */
 function rateNow(view) {
   return view.history?.points?.at(-1)?.recordsPerSecond;
@@ -28,7 +33,7 @@ function lagNow(view) {
 
 /** `{name, value, unknown, level, note, big}` of every figure. */
 function figures(view) {
-  const fed = view.flow !== null && view.flow !== undefined;
+  const fed = isFed(view);
   const absent = fed ? "unknown" : "not fed";
   const point = view.recoveryPoint ?? {};
   const old = (seconds) => (fed && !(seconds <= RECOVERY_OLD) ? "warn" : undefined);

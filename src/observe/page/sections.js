@@ -5,6 +5,7 @@ const whole = (text) => ({ text, code: true });
 /** What a table is at, the worst first. */
 function tableState(table) {
   const state = [];
+  if (!table.fed) return { text: "not fed from here" };
   const shards = table.shards ?? {};
   if (table.gaps > 0) state.push({ text: many(table.gaps, "gap"), level: "bad" });
   if (shards.unowned > 0) state.push({ text: `${many(shards.unowned, "shard")} without owner`, level: "warn" });
@@ -131,7 +132,7 @@ const LISTS = {
     caption: "Tables with recovery point, lag, headroom and shards",
     fits: 880,
     none: "Nothing is fed from here.",
-    rows: (view) => view.tables,
+    rows: (view) => view.tables?.map((table) => ({ ...table, fed: isFed(view) })),
     key: (table) => table.name,
     columns: [
       { head: "Table", cell: tableName, kind: "wide" },
@@ -183,6 +184,7 @@ const LISTS = {
   },
   "pauses-table": {
     caption: "Closed taps",
+    fits: 470,
     none: "No tap is closed.",
     rows: (view) => view.pauses,
     key: (pause) => pause.table ?? "",
@@ -190,7 +192,7 @@ const LISTS = {
       { head: "Table", cell: (pause) => pause.table ?? "all" },
       { head: "By", cell: (pause) => pause.by, kind: "name" },
       { head: "Because", cell: (pause) => pause.reason, kind: "prose" },
-      { head: "Since", cell: (pause) => ({ at: pause.at }) },
+      { head: "Since", cell: (pause) => ({ at: pause.at }), kind: "at" },
     ],
   },
   "jobs-table": {
@@ -215,8 +217,8 @@ const LISTS = {
       { head: "Worker", cell: (worker) => [{ text: host(worker.id), note: worker.id.split("#")[1] }], kind: "wide" },
       { head: "State", cell: workerState },
       { head: "Shards", cell: (worker) => count(worker.shards ?? 0), kind: "number" },
-      { head: "Version", cell: (worker) => worker.version },
-      { head: "Started", cell: (worker) => ({ at: worker.since }) },
+      { head: "Version", cell: (worker) => worker.version, kind: "at" },
+      { head: "Started", cell: (worker) => ({ at: worker.since }), kind: "at" },
     ],
   },
   events: {
