@@ -226,13 +226,13 @@ impl World {
 fn event() -> impl Strategy<Value = Event> {
     let any = 0usize..8;
     prop_oneof![
-        6 => (1..LEASE_MS / 2).prop_map(Event::Passes),
+        6 => (1..LEASE_MS / 8).prop_map(Event::Passes),
         1 => (LEASE_MS..3 * LEASE_MS).prop_map(Event::Passes),
-        12 => any.clone().prop_map(Event::Acts),
+        20 => any.clone().prop_map(Event::Acts),
         1 => (any.clone(), prop_oneof![Just(0), Just(BUDGET), 0..BUDGET])
             .prop_map(|(place, wanted)| Event::Wants(place, wanted)),
-        8 => any.clone().prop_map(Event::Arrives),
-        8 => any.clone().prop_map(Event::Answered),
+        16 => any.clone().prop_map(Event::Arrives),
+        12 => any.clone().prop_map(Event::Answered),
         1 => any.clone().prop_map(Event::GivesUp),
         1 => any.clone().prop_map(Event::Leaves),
         1 => any.prop_map(Event::Dies),
@@ -265,7 +265,7 @@ proptest! {
     #[test]
     fn shares_never_exceed_the_budget_and_become_fair(
         count in 1usize..5,
-        events in vec(event(), 0..250),
+        events in vec(event(), 0..400),
     ) {
         let mut world = World::new(count);
         for event in events {
