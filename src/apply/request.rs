@@ -26,6 +26,7 @@ pub fn batch_body(table: &str, ops: &[Op]) -> Result<Bytes, Fault> {
     let mut body = Vec::with_capacity(about + 64 * ops.len());
     let batch = Batch {
         request_items: Requests { table, ops },
+        return_consumed_capacity: "TOTAL",
     };
     match serde_json::to_writer(&mut body, &batch) {
         Ok(()) => Ok(Bytes::from(body)),
@@ -49,6 +50,8 @@ pub fn replace_body(request: &mut HttpRequest, body: &Bytes) {
 #[serde(rename_all = "PascalCase")]
 struct Batch<'a> {
     request_items: Requests<'a>,
+    /// What it took is told, so that the write budget is not kept by estimates alone.
+    return_consumed_capacity: &'static str,
 }
 
 struct Requests<'a> {

@@ -179,7 +179,7 @@ impl Found {
                 Row::Pause(row) if row.is_closed() => found.pauses.push(row),
                 Row::Reconcile(row) => plans.push(row),
                 Row::Segment(row) => segments.push(row),
-                Row::Stream(_) | Row::Pause(_) | Row::Job(_) | Row::Other(_) => {}
+                Row::Stream(_) | Row::Pause(_) | Row::Job(_) | Row::Budget(_) | Row::Other(_) => {}
             }
         }
         let jobs = comparisons(&plans, &segments);

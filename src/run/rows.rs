@@ -223,7 +223,7 @@ fn digest(rows: Vec<Row>, observers: &mut Observers, terms: &Terms, health: &Hea
             Row::Control(row) => snapshot.control = Some(row),
             Row::Reconcile(row) => snapshot.plans.push(row),
             Row::Segment(row) => snapshot.segments.push(row),
-            Row::Job(_) | Row::Other(_) => {}
+            Row::Job(_) | Row::Budget(_) | Row::Other(_) => {}
         }
     }
     show_gaps(&snapshot, terms, health);

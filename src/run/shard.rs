@@ -20,6 +20,7 @@ use super::source::{Read, Restart, read_shard};
 use super::tap::Gate;
 use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
+use crate::apply::budget::Budget;
 use crate::apply::coalesce::{SlotId, Window};
 use crate::backoff::Backoff;
 use crate::config::TtlDeletes;
@@ -84,6 +85,8 @@ struct Consumer<'a> {
     /// What may still take effect and is not stored as a doubt yet.
     doubts: ShardDoubts,
     window: Window,
+    /// What throttling of its keys leaves to it.
+    lane: Arc<Budget>,
     writes: FuturesUnordered<Later<'a, Sent>>,
     letters: FuturesUnordered<Later<'a, Delivered>>,
     checkpointing: Option<Later<'a, Checkpointed>>,
@@ -146,6 +149,7 @@ pub async fn consume(
         start: position,
         doubts: ShardDoubts::default(),
         window: Window::new(context.shared.config.coalesces(&context.table)),
+        lane: Arc::new(context.writer.budget().lane()),
         writes: FuturesUnordered::new(),
         letters: FuturesUnordered::new(),
         checkpointing: None,
@@ -355,8 +359,9 @@ impl<'a> Consumer<'a> {
             }
             let (context, flow) = (self.context, self.gate.flow());
             let bound: Arc<dyn Bound> = Arc::clone(self.lease) as _;
+            let lane = Arc::clone(&self.lane);
             self.writes.push(Box::pin(async move {
-                context.writer.write(&bound, &flow, ops).await
+                context.writer.write_in(&lane, &bound, &flow, ops).await
             }));
         }
     }
