@@ -20,7 +20,9 @@ pub mod letter;
 pub mod letters;
 pub mod lookout;
 pub mod member;
+pub mod proven;
 pub mod rows;
+pub mod seen;
 pub mod shard;
 pub mod source;
 pub mod start;
@@ -58,6 +60,7 @@ use fleet::Fleet;
 use halt::Halts;
 use member::Member;
 use rows::{Snapshot, watch_rows};
+use seen::{Feeding, Standby};
 use start::{Feed, Role};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -73,6 +76,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A worker, ready to run.
 pub struct Worker {
     config: Config,
+    here: String,
     role: Role,
     listener: TcpListener,
     metrics: Option<PrometheusHandle>,
@@ -90,6 +94,7 @@ impl Worker {
     ) -> Self {
         Self {
             config: loaded.config,
+            here: loaded.here,
             role,
             listener,
             metrics,
@@ -117,10 +122,12 @@ impl Worker {
             }
         }
         let serving = CancellationToken::new();
+        let stage = server::Stage::default();
         let server = tokio::spawn(server::serve(
             self.listener,
             Arc::clone(&self.health),
             self.metrics.clone(),
+            Arc::clone(&stage),
             serving.clone(),
         ));
         let exit = match self.role {
@@ -130,6 +137,10 @@ impl Worker {
                     "standby: this region is active, nothing is fed into it"
                 );
                 self.health.set_standby(&active);
+                metrics::standby();
+                let standby = Standby::new(self.config, self.here, active, &self.health);
+                // It is set nowhere else.
+                let _ = stage.set(Arc::new(standby));
                 beat(&self.health, None, self.metrics.as_ref(), &stop).await;
                 Exit::Done
             }
@@ -139,7 +150,7 @@ impl Worker {
                     self.config,
                     *feed,
                     health,
-                    self.board,
+                    (self.board, stage),
                     self.metrics.as_ref(),
                     &stop,
                 )
@@ -158,7 +169,7 @@ async fn feed_until(
     config: Config,
     feed: Feed,
     health: Arc<Health>,
-    board: Arc<Board>,
+    (board, stage): (Arc<Board>, server::Stage),
     metrics: Option<&PrometheusHandle>,
     stop: &CancellationToken,
 ) -> Exit {
@@ -197,6 +208,8 @@ async fn feed_until(
         owner = shared.owner,
         "feeding"
     );
+    // It is set nowhere else.
+    let _ = stage.set(Arc::new(Feeding::new(&shared)));
     shared.health.expect_life(Limits::of(&shared.config));
     metrics::begin_worker();
     // Dropped with this function, and their tasks with them.

@@ -149,7 +149,7 @@ impl TableContext {
             table: table.clone(),
             stream_arn: stream_arn.to_owned(),
             discovery,
-            meters: Replay::of(&table.name),
+            meters: Replay::of(&table.name, &shared.board),
         }))
     }
 

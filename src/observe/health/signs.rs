@@ -6,6 +6,7 @@ use super::{HEARTBEAT_LIMIT, Health, Reason, Scope, State};
 use crate::lease::row::{GapReason, HowFar, Mending};
 use crate::observe::liveness::{Excuses, Finding, Ledger, Limits, Signs};
 use crate::observe::metrics;
+use crate::observe::view::build::low_headroom;
 
 /// A closed tap.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,6 +124,8 @@ impl State {
     /// Reasons from taps, doubts and missing signs of life.
     pub(super) fn more_reasons(&self, reasons: &mut Vec<Reason>, now: Instant) {
         self.mending_reasons(reasons);
+        let headroom = self.headroom.iter();
+        reasons.extend(headroom.filter_map(|(table, left_s)| low_headroom(table, Some(*left_s))));
         for (table, tap) in &self.taps {
             let headroom = tap.headroom_s.map_or_else(
                 || "how long the stream remembers what waits is not known".to_owned(),
@@ -315,6 +318,20 @@ impl Health {
             Some(tap) => state.taps.insert(table.to_owned(), tap),
             None => state.taps.remove(table),
         };
+    }
+
+    /// So long it takes until the stream of `table` forgets what may not be applied.
+    pub fn set_headroom(&self, table: &str, left_s: Option<f64>) {
+        let mut state = self.state();
+        match left_s {
+            Some(left_s) => state.headroom.insert(table.to_owned(), left_s),
+            None => state.headroom.remove(table),
+        };
+    }
+
+    /// What is left for the dead letters, where any wait.
+    pub fn letters(&self) -> Option<LettersLeft> {
+        self.state().letters
     }
 
     /// What is left for the dead letters, where any wait.
