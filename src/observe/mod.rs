@@ -7,6 +7,7 @@ pub mod health;
 pub mod history;
 pub mod liveness;
 pub mod metrics;
+pub mod page;
 pub mod pulse;
 pub mod recovery;
 pub mod server;

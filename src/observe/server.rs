@@ -1,4 +1,4 @@
-//! The worker's HTTP server: `/metrics`, `/livez`, `/readyz`, `/status`.
+//! The worker's HTTP server: the page, `/metrics`, `/livez`, `/readyz`, `/status`.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -14,6 +14,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::health::Health;
+use super::page::page;
 use super::view::View;
 use crate::error::Failure;
 
@@ -58,6 +59,7 @@ pub async fn serve(
     stop: CancellationToken,
 ) {
     let router = Router::new()
+        .route("/", get(page))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/status", get(status))
