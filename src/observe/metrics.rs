@@ -324,7 +324,7 @@ pub const METRICS: &[Metric] = &[
         LETTERS_WAITING,
         Kind::Gauge,
         "",
-        "Dead letters in the queue, received ones included; SQS counts them about right.",
+        "Dead letters that wait, received ones included; SQS counts them about right.",
     ),
     metric(
         LETTERS_LEFT,

@@ -4,7 +4,7 @@
 //!             a shard's own moment: the last record that is durable, with all before it, and checkpointed
 //!                 │ none yet
 //!                 ▼
-//!             its parent's moment ──── none either ────▶ where the stream was begun
+//!             its parent's moment
 //!
 //!   table  =  the oldest of:  shards not applied to their end
 //!                             shards that are, while a child of theirs may lack a row
@@ -22,6 +22,10 @@
 //! and another record of the same second may come after it. That inside a shard no record is stamped
 //! earlier than one before it is how a shard works; nobody promises it. Where it is seen not to hold, the
 //! moment goes back to the older stamp until that is applied.
+//!
+//! *A shard without a record* has the moment at which its stream was begun, once its owner has found that it
+//! holds nothing: what the table held then was copied, or was nothing, and nothing older is left to be
+//! applied, by whoever reads the shard again.
 //!
 //! `docs/RECOVERY_POINT.md` says it for operators.
 
@@ -183,16 +187,6 @@ impl<'a> Lineage<'a> {
         }
     }
 
-    /// The moment of a shard that nothing of was ever applied, and that has no ancestor either: what the
-    /// table held when its stream was begun was copied, or was nothing, and once the shard has been read as
-    /// far as that, nothing older is left to be applied.
-    fn at_the_root(&self, row: &ShardRow) -> Option<i64> {
-        let begun_ms = self.streams.get(row.stream_arn.as_str())?.begun_at?;
-        self.own(row, Kind::Estimated)
-            .filter(|until| *until >= begun_ms)
-            .map(|_| begun_ms)
-    }
-
     /// The moment of a shard: its own, or the oldest of its nearest ancestors that have one.
     fn moment(&self, row: &'a ShardRow, kind: Kind) -> Option<i64> {
         let mut oldest: Option<i64> = None;
@@ -210,11 +204,11 @@ impl<'a> Lineage<'a> {
                     let parents: Vec<_> = parents
                         .filter_map(|id| self.shards.get(&(arn, id.as_str())).copied())
                         .collect();
-                    if !parents.is_empty() {
-                        next.extend(parents);
-                        continue;
+                    if parents.is_empty() {
+                        return None;
                     }
-                    self.at_the_root(row)?
+                    next.extend(parents);
+                    continue;
                 }
             };
             oldest = Some(oldest.map_or(moment, |oldest| oldest.min(moment)));

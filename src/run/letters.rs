@@ -1,4 +1,5 @@
-//! The alarm before a queue forgets: its oldest letter's time is looked at again and again.
+//! How many dead letters wait, and the alarm before a queue forgets: its oldest letter's time is looked at
+//! again and again.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::context::Shared;
 use crate::dead_letter::Store;
 use crate::dead_letter::sqs::Queue;
+use crate::dead_letter::survey::survey;
 use crate::dynamo::clock::host_ms;
 use crate::error::Fault;
 use crate::observe::health::{LettersLeft, Scope};
@@ -16,6 +18,8 @@ use crate::observe::metrics;
 const LOOK_LEASES: u32 = 6;
 /// A queue shows a few of its messages at a time: the oldest of these looks counts.
 const LOOKS_REMEMBERED: usize = 30;
+/// A look takes one part in so many of the time at most: a directory is read whole.
+const LOOK_PARTS: u32 = 50;
 /// The alarm comes this long before the queue forgets a letter, or when a quarter of the time it
 /// keeps letters is left.
 const ALARM_BEFORE: Duration = Duration::from_secs(24 * 3_600);
@@ -57,42 +61,60 @@ fn left(sent_ms: i64, now_ms: i64, retention: Duration, waiting: u64) -> Letters
     let left = Duration::from_millis(left_ms);
     LettersLeft {
         waiting,
-        left,
+        left: Some(left),
         is_urgent: left < ALARM_BEFORE.min(retention / 4),
     }
 }
 
-/// Looks at the queue for as long as the worker lives. A directory forgets nothing.
+/// Looks at the dead letters for as long as the worker lives.
 pub async fn watch_letters(shared: Arc<Shared>) {
-    let Store::Queue(queue) = &shared.dead_letters else {
-        std::future::pending::<()>().await;
-        return;
-    };
     let every = shared.config.leases.duration * LOOK_LEASES;
     let mut oldest = Oldest::default();
     loop {
         let begun = Instant::now();
-        match look(queue, &mut oldest).await {
-            Ok((waiting, retention)) => {
+        match look(&shared, &mut oldest).await {
+            Ok(letters) => {
                 shared.health.succeeded(Scope::DeadLetters, "", "alarm");
-                let now_ms = shared.target.clock.now_ms();
-                let left = oldest
-                    .sent_ms()
-                    .map(|sent_ms| left(sent_ms, now_ms, retention, waiting));
-                metrics::letters_waiting(waiting, left.as_ref().map(|left| left.left));
-                shared.health.set_letters(left);
+                metrics::letters_waiting(letters.waiting, letters.left);
+                shared.health.set_letters(letters);
             }
             Err(fault) => {
                 let health = &shared.health;
                 health.failed(Scope::DeadLetters, "", "alarm", &fault);
             }
         }
-        tokio::time::sleep_until((begun + every).into()).await;
+        let pause = every.max(begun.elapsed() * LOOK_PARTS);
+        tokio::time::sleep_until((begun + pause).into()).await;
     }
 }
 
-/// One look: how many letters wait, and how long the queue keeps them.
-async fn look(queue: &Queue, oldest: &mut Oldest) -> Result<(u64, Duration), Fault> {
+/// One look: how many letters wait, and how long for.
+async fn look(shared: &Shared, oldest: &mut Oldest) -> Result<LettersLeft, Fault> {
+    let queue = match &shared.dead_letters {
+        Store::Queue(queue) => queue,
+        // It forgets nothing.
+        directory @ Store::Directory(_) => {
+            return Ok(LettersLeft {
+                waiting: survey(directory, 0).await?.waiting,
+                left: None,
+                is_urgent: false,
+            });
+        }
+    };
+    let (waiting, retention) = look_at_queue(queue, oldest).await?;
+    let now_ms = shared.target.clock.now_ms();
+    Ok(match oldest.sent_ms() {
+        Some(sent_ms) => left(sent_ms, now_ms, retention, waiting),
+        None => LettersLeft {
+            waiting,
+            left: None,
+            is_urgent: false,
+        },
+    })
+}
+
+/// How many letters wait in a queue, and how long it keeps them.
+async fn look_at_queue(queue: &Queue, oldest: &mut Oldest) -> Result<(u64, Duration), Fault> {
     let Some(said) = queue.attributes().await? else {
         oldest.clear();
         return Ok((0, Duration::ZERO));
@@ -137,10 +159,10 @@ mod tests {
             (left.is_urgent, left.left)
         };
         let second = Duration::from_secs(1);
-        assert_eq!(urgent(14 * day, 13 * day), (false, day));
-        assert_eq!(urgent(14 * day, 13 * day + second), (true, day - second));
+        assert_eq!(urgent(14 * day, 13 * day), (false, Some(day)));
+        assert_eq!(urgent(14 * day, 13 * day + second), (true, Some(day - second)));
         assert!(!urgent(2 * day, 36 * day / 24).0);
         assert!(urgent(2 * day, 37 * day / 24).0);
-        assert_eq!(urgent(day, 2 * day), (true, Duration::ZERO));
+        assert_eq!(urgent(day, 2 * day), (true, Some(Duration::ZERO)));
     }
 }

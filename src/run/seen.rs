@@ -52,8 +52,8 @@ impl Feeding {
             asked: self.asked(&outages),
             outages: outages.iter().map(|open| self.outage(open)).collect(),
             letters: letters.map(|letters| {
-                let left = letters.left.as_secs_f64();
-                (letters.waiting, Some(rounded(left)))
+                let left = letters.left.map(|left| rounded(left.as_secs_f64()));
+                (letters.waiting, left)
             }),
             lettered: board.letters(),
             tables: shared.config.tables.iter().map(of_table).collect(),

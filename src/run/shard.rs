@@ -107,6 +107,8 @@ struct Consumer<'a> {
     proof: Proof,
     /// When the page was asked for that ended the shard, by the source's clock.
     ended_ms: Option<i64>,
+    /// Whether no record of it was ever taken in by this owner.
+    is_untouched: bool,
     /// The last position taken in; a record without one of its own stands there.
     last_sequence: Option<SequenceNumber>,
     /// The position was lost: once what was taken in is durable, the new one is stored.
@@ -178,6 +180,7 @@ pub async fn consume(
         // Whatever was stored before by others, an inherited doubt included, is read later.
         proof: Proof::new(row.proven_until, Instant::now()),
         ended_ms: None,
+        is_untouched: true,
         last_sequence: None,
         restart: None,
         gate: Gate::new(&context.shared, &context.table.name, &stop),
@@ -313,7 +316,9 @@ impl<'a> Consumer<'a> {
             && self.window.is_empty()
         {
             self.standing.applied_until(caught_up_ms);
+            self.note_nothing(caught_up_ms);
         }
+        self.is_untouched &= read.page.records.is_empty();
         let table = &self.context.table;
         for record in read.page.records {
             let change = match decode(record) {
@@ -354,6 +359,34 @@ impl<'a> Consumer<'a> {
         }
         // Records left out are done, too.
         self.note_durable();
+    }
+
+    /// The shard was found to hold nothing at `at_ms`. If nothing of it was ever taken in, nothing is left of
+    /// what was made before its stream was begun: what the table held then came otherwise.
+    fn note_nothing(&mut self, at_ms: i64) {
+        if !self.is_untouched || self.proof.said_ms().is_some() {
+            return;
+        }
+        let Some(begun_ms) = self.begun_ms().filter(|begun_ms| *begun_ms <= at_ms) else {
+            return;
+        };
+        // Once is enough: what an ancestor has is more, and does not change any more.
+        self.is_untouched = false;
+        if self.context.shared.proven_of_shard(&self.key).is_none() {
+            let begun_ms = Some(begun_ms);
+            self.proof.checkpointed(begun_ms, self.may_say(begun_ms));
+        }
+    }
+
+    /// When the stream was begun.
+    fn begun_ms(&self) -> Option<i64> {
+        let context = self.context;
+        let (epoch, table) = (context.shared.epoch, &context.table.name);
+        let rows = context.shared.rows.borrow();
+        let mut streams = rows.streams.iter();
+        let stream =
+            streams.find(|row| row.stream_arn == context.stream_arn && row.is_of(epoch, table));
+        stream.and_then(|row| row.begun_at)
     }
 
     /// Shows that the loop comes round. `full` says that nothing has to be read.
@@ -646,6 +679,7 @@ impl<'a> Consumer<'a> {
         // All of it is applied, whatever comes after it.
         if let Some(ended_ms) = self.ended_ms {
             self.standing.applied_until(ended_ms);
+            self.note_nothing(ended_ms);
         }
         self.show();
         loop {

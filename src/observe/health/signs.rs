@@ -30,13 +30,14 @@ pub struct TableDoubts {
     pub overdue: usize,
 }
 
-/// The dead letters of a queue.
+/// The dead letters that wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LettersLeft {
     /// How many wait.
     pub waiting: u64,
-    /// Time until the queue forgets the oldest.
-    pub left: Duration,
+    /// Time until the queue forgets the oldest; `None` where none waits, or in a directory, which forgets
+    /// nothing.
+    pub left: Option<Duration>,
     /// Whether a person has to know.
     pub is_urgent: bool,
 }
@@ -153,14 +154,16 @@ impl State {
                 next: "Look at the other reasons and the log: what holds the repair back is said there".to_owned(),
             });
         }
-        if let Some(letters) = self.letters.filter(|letters| letters.is_urgent) {
+        if let Some(letters) = self.letters.filter(|letters| letters.is_urgent)
+            && let Some(left) = letters.left
+        {
             reasons.push(Reason {
                 code: "dead-letters-expire".to_owned(),
                 table: String::new(),
                 text: format!(
                     "the queue forgets the oldest of {} dead letter(s) in {}",
                     letters.waiting,
-                    hours(letters.left.as_secs_f64())
+                    hours(left.as_secs_f64())
                 ),
                 next: "Mend what the replica refused and bring them home with `farshore redrive --apply`, or give the queue a longer MessageRetentionPeriod".to_owned(),
             });
@@ -329,14 +332,14 @@ impl Health {
         };
     }
 
-    /// What is left for the dead letters, where any wait.
+    /// The dead letters that wait, once somebody has looked.
     pub fn letters(&self) -> Option<LettersLeft> {
         self.state().letters
     }
 
-    /// What is left for the dead letters, where any wait.
-    pub fn set_letters(&self, letters: Option<LettersLeft>) {
-        self.state().letters = letters;
+    /// The dead letters that wait now.
+    pub fn set_letters(&self, letters: LettersLeft) {
+        self.state().letters = Some(letters);
     }
 
     /// What the fleet does for `table` to be whole.
