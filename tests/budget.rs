@@ -3,20 +3,20 @@
 
 mod common;
 
+use std::collections::HashMap;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{PutRequest, StreamViewType, WriteRequest};
-use common::binary::{Worker, farshore, provision};
-use common::stand::{Stand, TARGET, create_table, n, put, s};
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, StreamViewType, WriteRequest};
+use common::binary::{Worker, farshore, provision, spawn};
+use common::stand::{Stand, create_table, n, put, s};
 use common::{checker, eventually, long};
-use farshore::config::read::Loaded;
-use farshore::dynamo::Regions;
-use farshore::embedded::gateway::{Call, Fault, Gateway, Limit, Options};
+use farshore::embedded::gateway::{Call, Fault, Gateway, Options};
 
 /// What a busy host may add to what is saved up for a tenth of a second: calls that it lets wait arrive
 /// together. A share too many would exceed it within a few seconds.
-const JITTER_SECONDS: f64 = 0.5;
+const JITTER_SECONDS: f64 = 0.4;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Puts items `first..last` into a table, by batches.
@@ -94,12 +94,6 @@ impl Written {
     }
 }
 
-/// Seconds since the gateway began.
-fn now(gateway: &Gateway, begun: Instant) -> f64 {
-    let _ = gateway;
-    begun.elapsed().as_secs_f64()
-}
-
 /// Workers of one table, and what they write.
 struct Fleet {
     stand: Stand,
@@ -166,9 +160,9 @@ impl Fleet {
 
     /// How much of the budget is used from now on for a while.
     async fn is_used(&self, what: &str, seconds: f64) {
-        let from = now(self.gateway(), self.begun);
+        // The gateway began a little later than this clock: that is nothing to the time it takes.
+        let from = self.begun.elapsed().as_secs_f64();
         tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
-        // The gateway began a little later than this clock.
         let rate = self.written().rate(from, from + seconds);
         println!("{what}: {rate:.0} of {} units/s", self.units);
         assert!(rate >= 0.9 * self.units, "{what}: {rate} of {}", self.units);
@@ -218,8 +212,320 @@ async fn a_changing_fleet_uses_its_budget_and_never_more() {
         call.keys.iter().any(|key| key.json == json)
     });
     let seconds = fleet.begun.elapsed().as_secs_f64();
-    println!("{} looks at the row in {seconds:.0} s", looks.len());
+    println!("{} calls about the row in {seconds:.0} s", looks.len());
+    // A lease is a second; six calls for each, and more only while shares move.
+    assert!((looks.len() as f64) < 7.0 * 3.0 * seconds);
     for worker in fleet.workers {
         worker.kill();
     }
+}
+
+/// A job writes beside the workers, and both together no more than the budget.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_takes_its_share_beside_a_worker() {
+    const FOREIGN: usize = 600;
+    let mut fleet = Fleet::new(2, 300).await;
+    fleet.join();
+    fleet.even("one worker").await;
+    // Past the gateway: these are nobody's writes.
+    let target = common::stand::client(&fleet.gateway().embedded().endpoint_url(), "us-west-2");
+    fill(&target, &fleet.table, 100_000..100_000 + FOREIGN, 100).await;
+    let source = fleet.stand.source.clone();
+    fill(&source, &fleet.table, 0..2_500, 100).await;
+    let config = fleet
+        .stand
+        .config(&[&limited(&fleet.table, fleet.units as u32)], "");
+    let mut job = farshore(&["reconcile", "--config", config.to_str().unwrap()]);
+    job.args(["--apply", "--max-deletes", "100%", "--settle", "500ms"]);
+    job.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut job = spawn(job).unwrap();
+    let lowered = async || {
+        let share = fleet.workers[0].metric("farshore_write_budget_units").await;
+        share < fleet.units * 0.7
+    };
+    eventually("the job has a share", PATIENCE, lowered).await;
+    let deleted = async || checker::items(&target, &fleet.table).await.len() == 2_500;
+    eventually("all is as in the source", PATIENCE, deleted).await;
+    fleet.is_within();
+    let ended = async || job.try_wait().unwrap().is_some();
+    let start = Instant::now();
+    let mut ended = ended;
+    while !ended().await {
+        assert!(start.elapsed() < PATIENCE, "the job does not end");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    fleet.even("the job has given its share back").await;
+    for worker in fleet.workers {
+        assert!(worker.stop().await.success());
+    }
+}
+
+/// While its share cannot be renewed a worker writes until its hold is over, and nothing after that, although
+/// its leases are good; it says so once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_written_once_the_hold_of_a_share_is_over() {
+    const LEASE: f64 = 1.0;
+    let mut fleet = Fleet::new(1, 200).await;
+    fleet.join();
+    fleet.even("one worker").await;
+    let source = fleet.stand.source.clone();
+    fill(&source, &fleet.table, 0..1_600, 100).await;
+    let flows = async || fleet.written().units.len() > 5;
+    eventually("it flows", PATIENCE, flows).await;
+    let denied = || Fault::access_denied().key(r#"{"leaseKey":{"S":"budget"}}"#);
+    let denied = [
+        fleet.gateway().inject(denied().on("GetItem")),
+        fleet.gateway().inject(denied().on("PutItem")),
+    ];
+    let since = fleet.begun.elapsed().as_secs_f64();
+    let worker = &fleet.workers[0];
+    let told = async || worker.logged("could not be renewed for a lease") == 1;
+    eventually("it says so", PATIENCE, told).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(worker.logged("could not be renewed for a lease"), 1);
+    assert_eq!(worker.metric("farshore_write_budget_units").await, 0.0);
+    assert_eq!(worker.metric("farshore_leases_held").await, 1.0);
+    let last = fleet.written().units.last().unwrap().0;
+    println!(
+        "the last write {:.2} s after the last renewal that could succeed",
+        last - since
+    );
+    assert!(last - since < LEASE + JITTER_SECONDS);
+    for fault in denied {
+        fault.off();
+    }
+    fleet.stand.converge(&fleet.table, 1_600).await;
+    fleet.is_within();
+    for worker in fleet.workers {
+        assert!(worker.stop().await.success());
+    }
+}
+
+/// Deletes of large items look like one unit each where the stream carries no old images. What the service tells
+/// of the first makes up for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_service_tells_corrects_what_was_estimated() {
+    const RATE: u32 = 400;
+    const KB: usize = 4;
+    let seed = common::seed();
+    let stand = Stand::gateways(Options::new(seed), Options::new(seed).metered()).await;
+    let table = stand.table("orders");
+    create_table(&stand.source, &table, Some(StreamViewType::NewImage)).await;
+    let config = stand.config(&[&limited(&table, RATE)], "");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    let target = common::stand::client(&stand.gateways[1].embedded().endpoint_url(), "us-west-2");
+    let items = long(2_000, 400) as usize;
+    // The replica holds them already, so that the deletes come at once.
+    fill(&target, &table, 0..items, (KB << 10) - 200).await;
+    fill(&stand.source, &table, 0..items, 10).await;
+    let puts = async || {
+        let written = Written::of(&stand.gateways[1], &table, 0);
+        let units: f64 = written.units.iter().map(|(_, units)| units).sum();
+        units >= (items * KB) as f64
+    };
+    eventually("what was put is written", PATIENCE, puts).await;
+    let written = Written::of(&stand.gateways[1], &table, 0);
+    let (from, to) = (written.units[0].0, written.units.last().unwrap().0);
+    // All of them replaced large items by small ones: estimated at a unit, each took four.
+    written.never_exceeds(f64::from(RATE), (25 * KB) as f64);
+    let rate = written.rate(from + 0.5, to);
+    println!("{rate:.0} of {RATE} units/s");
+    assert!(rate >= 0.9 * f64::from(RATE), "{rate}");
+    let told = worker.metric("farshore_write_units_total").await;
+    let metered: f64 = written.units.iter().map(|(_, units)| units).sum();
+    assert!(
+        (told - metered).abs() < 60.0,
+        "{told} told, {metered} metered"
+    );
+    // And a batch of deletes is no surprise any more.
+    let ids: Vec<usize> = (0..items).collect();
+    for batch in ids.chunks(25) {
+        let requests = batch.iter().map(|id| {
+            let key = HashMap::from([("id".to_owned(), s(format!("k{id}")))]);
+            let delete = DeleteRequest::builder().set_key(Some(key)).build().unwrap();
+            WriteRequest::builder().delete_request(delete).build()
+        });
+        let call = stand.source.batch_write_item();
+        let call = call.request_items(&table, requests.collect());
+        call.send().await.unwrap();
+    }
+    stand.converge(&table, 0).await;
+    assert!(worker.stop().await.success());
+}
+
+/// A range of keys that is throttled slows the shard whose writes hit it, little is sent there in vain, and the other
+/// shards go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hot_range_slows_its_shard_alone() {
+    const RANGES: usize = 4;
+    const HOT: f64 = 100.0;
+    let seed = common::seed();
+    let stand = Stand::gateways(Options::new(seed).shards(RANGES), Options::new(seed)).await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let config = stand.config(&[&limited(&table, 0)], "");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    let hot = Fault::capacity(HOT * RANGES as f64).per_key_range(RANGES);
+    let end = 1.0 / RANGES as f64;
+    let hot = hot.reserve(0.2).key_range(0.0..end).table(&table);
+    stand.gateways[1].inject(hot);
+    let begun = Instant::now();
+    let items = 2_000;
+    fill(&stand.source, &table, 0..items, 100).await;
+    // What arrived of the hot range, and of the others.
+    let arrived = || {
+        let mut places: HashMap<String, f64> = HashMap::new();
+        let writes = stand.gateways[1].calls_where(|call| {
+            call.operation == "BatchWriteItem" && call.unprocessed == 0 && call.succeeded()
+        });
+        for key in writes.iter().flat_map(|call| &call.keys) {
+            places.insert(key.json.clone(), key.place());
+        }
+        let hot = places.values().filter(|place| **place < end).count();
+        (hot, places.len() - hot)
+    };
+    let cold = items - items / RANGES - items / 20;
+    eventually("the others are there", PATIENCE, async || {
+        arrived().1 >= cold
+    })
+    .await;
+    let took = begun.elapsed();
+    let (hot, others) = arrived();
+    println!("{others} of the others after {took:?}, {hot} of the hot range");
+    assert!(took < Duration::from_millis(3_000), "{took:?}");
+    assert!(hot < items / RANGES / 2 + 100, "{hot}: it was throttled");
+    stand.converge(&table, items).await;
+    let took = begun.elapsed().as_secs_f64();
+    let least = (items / RANGES - items / 20) as f64 / HOT;
+    println!("all after {took:.1} s, {least:.1} at the least");
+    assert!(took < 2.0 * least + 2.0, "{took}");
+    let calls = stand.gateways[1].calls_of("BatchWriteItem");
+    let refused: usize = calls.iter().map(|call| call.unprocessed).sum();
+    println!("{refused} writes were sent in vain");
+    assert!(
+        refused < items / RANGES,
+        "{refused} writes were sent in vain"
+    );
+    assert!(worker.stop().await.success());
+}
+
+/// A table that is short of units slows its writes, and has its pace again once it is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn throttling_slows_a_table_and_passes() {
+    let seed = common::seed();
+    let stand = Stand::gateways(Options::new(seed), Options::new(seed).metered()).await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let config = stand.config(&[&limited(&table, 1_000)], "");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    let short = Fault::throttle(farshore::embedded::gateway::Limit::MaxOnDemand);
+    let short = stand.gateways[1].inject(short.on("BatchWriteItem").table(&table).chance(0.5));
+    fill(&stand.source, &table, 0..6_000, 100).await;
+    let limit = async || worker.metric("farshore_write_limit_units").await;
+    eventually("it is slowed", PATIENCE, async || limit().await < 700.0).await;
+    assert_eq!(worker.metric("farshore_write_budget_units").await, 1_000.0);
+    short.off();
+    let slow = limit().await;
+    eventually("it recovers", 2 * PATIENCE, async || {
+        limit().await == 1_000.0
+    })
+    .await;
+    println!("from {slow:.0} back to 1000 units/s");
+    stand.converge(&table, 6_000).await;
+    assert!(worker.stop().await.success());
+}
+
+/// Whatever befalls the replica of one table, the changes of another go on at their pace. Nobody but the worker
+/// tries again, and it does so over the connections it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn trouble_with_one_table_starves_no_other() {
+    let seed = common::seed();
+    let stand = Stand::gateways(Options::new(seed).shards(2), Options::new(seed)).await;
+    let (sick, well) = (stand.table("sick"), stand.table("well"));
+    stand.create_source(&sick).await;
+    stand.create_source(&well).await;
+    let config = stand.config(&[&sick, &well], "");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    let gateway = &stand.gateways[1];
+    let pace = async |ids: std::ops::Range<usize>| {
+        let begun = Instant::now();
+        let count = ids.end;
+        fill(&stand.source, &well, ids, 100).await;
+        let all = async || checker::items(&stand.target, &well).await.len() == count;
+        eventually("the other table's changes arrive", PATIENCE, all).await;
+        begun.elapsed()
+    };
+    put(&stand.source, &sick, "first", 1).await;
+    put(&stand.source, &well, "k0", 1).await;
+    stand.converge(&sick, 1).await;
+    stand.converge(&well, 1).await;
+    let undisturbed = pace(1..1_500).await;
+    println!("undisturbed {undisturbed:?}");
+    let throttled = Fault::throttle(farshore::embedded::gateway::Limit::Provisioned);
+    let troubles = [
+        ("throttled", throttled),
+        ("denied", Fault::access_denied()),
+        ("cut", Fault::cut()),
+        // For good: its client has given up long before.
+        ("held back", Fault::hold(Duration::from_secs(600))),
+    ];
+    let mut first = 1_500;
+    for (name, fault) in troubles {
+        let fault = gateway.inject(fault.on("BatchWriteItem").table(&sick));
+        fill(&stand.source, &sick, 0..2_000, 100).await;
+        let struck = async || fault.hits() > 0;
+        eventually(name, PATIENCE, struck).await;
+        let (connections, calls) = (gateway.connections(), gateway.next_call());
+        let took = pace(first..first + 1_500).await;
+        first += 1_500;
+        println!("{name}: {took:?}");
+        assert!(
+            took < 2 * undisturbed + Duration::from_secs(1),
+            "{name}: {took:?}"
+        );
+        let (connections, calls) = (
+            gateway.connections() - connections,
+            gateway.next_call() - calls,
+        );
+        println!("{connections} connections for {calls} calls");
+        // A call that is cut or given up takes its connection along.
+        if !matches!(name, "cut" | "held back") {
+            assert!(connections * 4 < calls, "{connections} for {calls} calls");
+        }
+        fault.off();
+    }
+    worker.kill();
+}
+
+/// Each failure is counted, and followed by a pause: nobody beneath the worker tries again unseen.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_attempt_is_the_workers_own() {
+    let seed = common::seed();
+    let stand = Stand::gateways(Options::new(seed), Options::new(seed)).await;
+    let table = stand.table("orders");
+    stand.create_source(&table).await;
+    let config = stand.config(&[&table], "");
+    provision(&config);
+    let worker = Worker::following(&config).await;
+    let fails = [
+        Fault::error_before(),
+        Fault::unavailable(),
+        Fault::throttle(farshore::embedded::gateway::Limit::Provisioned),
+    ];
+    for fault in fails {
+        let fault = fault.on("BatchWriteItem").table(&table).times(3);
+        stand.gateways[1].inject(fault);
+    }
+    put(&stand.source, &table, "a", 1).await;
+    stand.converge(&table, 1).await;
+    let failed = stand.gateways[1]
+        .calls_where(|call| call.operation == "BatchWriteItem" && !call.succeeded());
+    assert_eq!(failed.len(), 9);
+    let counted = worker.metric("farshore_retries_total").await;
+    assert_eq!(counted, 9.0, "attempts that nobody counted");
+    assert!(worker.stop().await.success());
 }
