@@ -49,7 +49,7 @@ use crate::dynamo::clock::host_ms;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::batch_get;
 use crate::dynamo::transmit::Bound;
-use crate::dynamo::value::{Item, same_item};
+use crate::dynamo::value::{Item, UnknownType, same_item};
 use crate::error::{Class, Fault, Operation, Policy};
 use crate::stream::change::Change;
 
@@ -408,9 +408,10 @@ impl Repairer<'_> {
         let mut ops: Vec<Op> = Vec::with_capacity(open.len());
         for (slot, key) in open.iter().enumerate() {
             if let Step::Write(held) = key.repair.step() {
+                let change = Change::of_item(&key.keys, held.0.as_deref(), host_ms());
                 ops.push(Op {
                     slot: slot as u64,
-                    change: Arc::new(Change::of_item(&key.keys, held.0.as_deref(), host_ms())),
+                    change: Arc::new(change.map_err(not_built)?),
                 });
             }
         }
@@ -521,6 +522,16 @@ impl Repairer<'_> {
         }
         Ok(found)
     }
+}
+
+/// A write that cannot be spelled.
+fn not_built(unknown: UnknownType) -> Unfinished {
+    Unfinished::Failed(Fault::own(
+        Operation::Write,
+        Class::Unknown,
+        "request not built",
+        unknown.to_string(),
+    ))
 }
 
 #[cfg(test)]
