@@ -480,6 +480,8 @@ fn positions(ops: &[Op], unprocessed: impl Iterator<Item = WriteRequest>) -> Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dynamo::image::Image;
+    use crate::dynamo::json::item_from_json;
     use crate::dynamo::value::Item;
     use crate::stream::change::{Change, Event};
     use crate::stream::sequence::SequenceNumber;
@@ -496,7 +498,7 @@ mod tests {
                 event: if delete { Event::Remove } else { Event::Insert },
                 key: ItemKey::new(&keys),
                 keys,
-                new_image: (!delete).then_some(image),
+                new_image: (!delete).then(|| Image::of(&image).unwrap()),
                 old_image: None,
                 created_ms: 0,
                 bytes: 0,
@@ -512,7 +514,7 @@ mod tests {
         let keys = Some(op.change.keys.clone());
         match &op.change.new_image {
             Some(image) => {
-                let put = PutRequest::builder().set_item(Some(image.clone()));
+                let put = PutRequest::builder().set_item(item_from_json(&image.to_value()));
                 builder.put_request(put.build().unwrap())
             }
             None => {

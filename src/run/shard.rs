@@ -36,7 +36,7 @@ use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::observe::metrics::replay::Tally;
 use crate::observe::recovery::Proof;
-use crate::stream::change::{Event, decode};
+use crate::stream::change::Event;
 use crate::stream::reader::Position;
 use crate::stream::sequence::SequenceNumber;
 
@@ -321,7 +321,7 @@ impl<'a> Consumer<'a> {
         self.is_untouched &= read.page.records.is_empty();
         let table = &self.context.table;
         for record in read.page.records {
-            let change = match decode(record) {
+            let change = match record {
                 Ok(change) => change,
                 Err(bad) => {
                     let sequence = bad.sequence.or_else(|| self.last_sequence.clone());
