@@ -160,7 +160,10 @@ mod tests {
         };
         let second = Duration::from_secs(1);
         assert_eq!(urgent(14 * day, 13 * day), (false, Some(day)));
-        assert_eq!(urgent(14 * day, 13 * day + second), (true, Some(day - second)));
+        assert_eq!(
+            urgent(14 * day, 13 * day + second),
+            (true, Some(day - second))
+        );
         assert!(!urgent(2 * day, 36 * day / 24).0);
         assert!(urgent(2 * day, 37 * day / 24).0);
         assert_eq!(urgent(day, 2 * day), (true, Some(Duration::ZERO)));
