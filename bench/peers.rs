@@ -16,6 +16,7 @@ mod null;
 #[allow(dead_code, reason = "its processes do not end by themselves")]
 mod process;
 #[path = "pipeline/stage.rs"]
+#[allow(dead_code, reason = "nothing but the time is compared")]
 mod stage;
 
 use std::path::{Path, PathBuf};
@@ -194,7 +195,9 @@ fn python() -> Result<PathBuf, Error> {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin/python");
     match python.exists() {
         true => Ok(python),
-        false => Err("boto3 is not installed: run .ci/peers first, which puts it under target/peers".into()),
+        false => Err(
+            "boto3 is not installed: run .ci/peers first, which puts it under target/peers".into(),
+        ),
     }
 }
 
