@@ -23,7 +23,10 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-const KEYS: u64 = 24;
+/// So many that every shard has some: one that is never written to proves nothing new.
+const KEYS: u64 = 60;
+/// Open shards of the long form at most.
+const OPEN_MAX: usize = 6;
 
 /// What was written: the versions of each key, each with when it was acknowledged.
 #[derive(Default)]
@@ -473,9 +476,10 @@ async fn mishap(scene: &mut Scene, random: &mut StdRng) {
             scene.sampler.phase("splits");
             let table = scene.sampler.table.clone();
             let gateway = &scene.stand.gateways[0];
-            let open = gateway.shards(&table);
-            let open = open.iter().filter(|shard| shard.open).take(2);
-            for shard in open {
+            let open = gateway.shards(&table).into_iter();
+            let open: Vec<_> = open.filter(|shard| shard.open).collect();
+            let room = OPEN_MAX.saturating_sub(open.len());
+            for shard in open.iter().take(room) {
                 // Rotated meanwhile, it is no open shard any more.
                 let _ = gateway.split(&table, &shard.id);
             }
@@ -495,7 +499,7 @@ async fn whatever_happens_the_proven_recovery_point_is_never_younger_than_the_tr
     }
     let source = Options::new(seed)
         .shards(3)
-        .rotate_every(Duration::from_secs(20))
+        .rotate_every(Duration::from_secs(60))
         .fault(Fault::empty_page().chance(0.3))
         .fault(Fault::missing_shard().chance(0.3))
         .fault(Fault::late_children(Duration::from_secs(2)));
@@ -511,13 +515,13 @@ async fn whatever_happens_the_proven_recovery_point_is_never_younger_than_the_tr
     scene.stand.gateways[0].stop_resharding();
     scene.settle().await;
     scene.sampler.judge(seed);
-    let known: usize = scene
-        .sampler
-        .phases
-        .iter()
-        .map(|(_, tally)| tally.known)
-        .sum();
-    assert!(known > 50, "seed {seed}: the point was hardly ever known");
+    // An old one is no feat.
+    let near = |(_, tally): &&(&str, Tally)| tally.least_above.is_some_and(|above| above < 10.0);
+    let near = scene.sampler.phases.iter().filter(near).count();
+    assert!(
+        near > 3,
+        "seed {seed}: the point was near the truth in {near} phases only"
+    );
 }
 
 /// An outage is two lines of the log, however many shards and retries it has.

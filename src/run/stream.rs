@@ -674,8 +674,15 @@ impl Stream {
                 } => Ended::Lost,
                 () = beyond_repair(&health, &table, &shard) => Ended::Lost,
             };
-            let checkpoint = lease.row().await.checkpoint;
-            tracing::info!(table, shard, checkpoint, how = ?ended, "shard left");
+            let row = lease.row().await;
+            tracing::info!(
+                table,
+                shard,
+                checkpoint = row.checkpoint,
+                lease = row.lease_key,
+                how = ?ended,
+                "shard left"
+            );
             ended
         });
         self.running.insert(task.id(), key);
