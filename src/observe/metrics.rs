@@ -12,7 +12,7 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogra
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Class, Failure};
-use crate::lease::row::{DoubtCause, JobKind, Mending};
+use crate::lease::row::{DoubtCause, GapReason, JobKind, Mending};
 use crate::observe::health::Scope;
 use crate::stream::change::Event;
 
@@ -504,7 +504,11 @@ pub fn begin(table: &str) {
     for scope in Scope::ALL {
         outage(table, scope, false);
     }
-    gauge!(LAST_RECORD, "table" => table.to_owned()).set(0.0);
+    // Begun, and not set: the tasks of a table may start over.
+    gauge!(LAST_RECORD, "table" => table.to_owned()).increment(0.0);
+    for reason in GapReason::ALL {
+        gauge!(GAPS, "table" => table.to_owned(), "reason" => reason.label()).increment(0.0);
+    }
     for class in [Class::Validation, Class::CollectionFull, Class::Undecodable] {
         counter!(DEAD_LETTERED, "table" => table.to_owned(), "class" => class.label()).absolute(0);
     }
@@ -512,6 +516,7 @@ pub fn begin(table: &str) {
 
 /// Makes the worker's counters exist before their first event.
 pub fn begin_worker() {
+    counter!(HANDED_OVER).absolute(0);
     for task in ["shard", "reader", "stream", "table", "rows"] {
         counter!(RESTARTED, "task" => task).absolute(0);
     }

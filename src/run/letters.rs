@@ -54,15 +54,17 @@ impl Oldest {
     }
 }
 
-/// What is left for the oldest letter, and whether somebody has to know.
-fn left(sent_ms: i64, now_ms: i64, retention: Duration, waiting: u64) -> LettersLeft {
+/// What is left for the oldest letter, sent at `sent_ms` where any waits, and whether somebody has to know.
+fn left(sent_ms: Option<i64>, now_ms: i64, retention: Duration, waiting: u64) -> LettersLeft {
     let kept_ms = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
-    let left_ms = u64::try_from(sent_ms.saturating_add(kept_ms) - now_ms).unwrap_or(0);
-    let left = Duration::from_millis(left_ms);
+    let left = sent_ms.map(|sent_ms| {
+        let left_ms = u64::try_from(sent_ms.saturating_add(kept_ms) - now_ms).unwrap_or(0);
+        Duration::from_millis(left_ms)
+    });
     LettersLeft {
         waiting,
-        left: Some(left),
-        is_urgent: left < ALARM_BEFORE.min(retention / 4),
+        left,
+        is_urgent: left.is_some_and(|left| left < ALARM_BEFORE.min(retention / 4)),
     }
 }
 
@@ -90,27 +92,18 @@ pub async fn watch_letters(shared: Arc<Shared>) {
 
 /// One look: how many letters wait, and how long for.
 async fn look(shared: &Shared, oldest: &mut Oldest) -> Result<LettersLeft, Fault> {
-    let queue = match &shared.dead_letters {
-        Store::Queue(queue) => queue,
+    match &shared.dead_letters {
+        Store::Queue(queue) => {
+            let (waiting, retention) = look_at_queue(queue, oldest).await?;
+            let now_ms = shared.target.clock.now_ms();
+            Ok(left(oldest.sent_ms(), now_ms, retention, waiting))
+        }
         // It forgets nothing.
         directory @ Store::Directory(_) => {
-            return Ok(LettersLeft {
-                waiting: survey(directory, 0).await?.waiting,
-                left: None,
-                is_urgent: false,
-            });
+            let waiting = survey(directory, 0).await?.waiting;
+            Ok(left(None, 0, Duration::ZERO, waiting))
         }
-    };
-    let (waiting, retention) = look_at_queue(queue, oldest).await?;
-    let now_ms = shared.target.clock.now_ms();
-    Ok(match oldest.sent_ms() {
-        Some(sent_ms) => left(sent_ms, now_ms, retention, waiting),
-        None => LettersLeft {
-            waiting,
-            left: None,
-            is_urgent: false,
-        },
-    })
+    }
 }
 
 /// How many letters wait in a queue, and how long it keeps them.
@@ -155,17 +148,17 @@ mod tests {
     fn the_alarm_comes_a_day_before_or_with_the_last_quarter() {
         let day = Duration::from_secs(24 * 3_600);
         let urgent = |retention: Duration, age: Duration| {
-            let left = left(0, age.as_millis() as i64, retention, 1);
-            (left.is_urgent, left.left)
+            let letters = left(Some(0), age.as_millis() as i64, retention, 1);
+            (letters.is_urgent, letters.left.unwrap())
         };
         let second = Duration::from_secs(1);
-        assert_eq!(urgent(14 * day, 13 * day), (false, Some(day)));
-        assert_eq!(
-            urgent(14 * day, 13 * day + second),
-            (true, Some(day - second))
-        );
+        assert_eq!(urgent(14 * day, 13 * day), (false, day));
+        assert_eq!(urgent(14 * day, 13 * day + second), (true, day - second));
         assert!(!urgent(2 * day, 36 * day / 24).0);
         assert!(urgent(2 * day, 37 * day / 24).0);
-        assert_eq!(urgent(day, 2 * day), (true, Some(Duration::ZERO)));
+        assert_eq!(urgent(day, 2 * day), (true, Duration::ZERO));
+        // None waits, and that is known.
+        let none = left(None, 0, day, 0);
+        assert_eq!((none.waiting, none.left, none.is_urgent), (0, None, false));
     }
 }

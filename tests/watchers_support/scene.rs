@@ -121,6 +121,12 @@ impl Scene {
         }
     }
 
+    /// The next worker audits the table.
+    pub fn audit(&self) {
+        let text = text_of(&self.config) + "[audit]\nread_units_per_second = 50\n";
+        std::fs::write(&self.config, text).unwrap();
+    }
+
     /// The stream forgets what has not been read.
     pub fn forget(&self) {
         self.stand.gateways[0].trim(&self.table);

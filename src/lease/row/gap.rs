@@ -26,6 +26,17 @@ pub enum GapReason {
 }
 
 impl GapReason {
+    /// Every one.
+    pub const ALL: [Self; 7] = [
+        Self::NeverCopied,
+        Self::Trimmed,
+        Self::StreamRecreated,
+        Self::ShardVanished,
+        Self::SourceSwitched,
+        Self::ReconcileUnfinished,
+        Self::Drift,
+    ];
+
     /// The name in rows, metrics and messages.
     pub const fn label(self) -> &'static str {
         match self {

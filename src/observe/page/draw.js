@@ -88,7 +88,7 @@ function pieces(cell, today) {
  * `columns` are `{head, cell, kind}` with `cell(row)` as `pieces` takes it; `key(row)` tells the rows apart;
  * of more than `limit` rows the rest waits for a press of the button; narrower than `fits` pixels, rows are cards. */
 class Grid {
-  constructor(place, { caption, columns, key, limit = 50, none, fits = columns.length * 110 }) {
+  constructor(place, { caption, columns, key, limit = 30, none, fits = columns.length * 110 }) {
     Object.assign(this, { columns, key, limit, none, rows: new Map(), all: false, last: [] });
     // Roles are said again: narrow screens lay the rows out as blocks, which takes them away.
     const heads = columns.map((column) => {

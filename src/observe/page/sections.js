@@ -85,13 +85,13 @@ class Shards {
         { head: "State", cell: shardState, kind: "state" },
         { head: "Age", cell: shardAge, kind: "number" },
         { head: "Headroom", cell: (shard) => (shard.state === "finished" ? "" : span(shard.headroomSeconds)), kind: "number" },
-        { head: "Owner", cell: (shard) => (shard.owner ? { text: host(shard.owner), note: shard.owner.split("#")[1] } : "nobody"), kind: "name" },
+        { head: "Owner", cell: (shard) => (shard.owner ? { text: host(shard.owner), note: shard.owner.split("#")[1] } : shard.state === "finished" ? "" : "nobody"), kind: "name" },
         { head: "Position", cell: (shard) => whole(shard.position), kind: "wide" },
       ],
     });
     byId("shards-form").addEventListener("submit", (event) => event.preventDefault());
     byId("shards-filter").addEventListener("input", () => this.again());
-    byId("shards-order").addEventListener("change", () => this.again());
+    for (const id of ["shards-order", "shards-finished"]) byId(id).addEventListener("change", () => this.again());
   }
 
   fill(shards, today) {
@@ -102,10 +102,11 @@ class Shards {
 
   again() {
     if (!this.shards) return;
-    const found = orderedShards(this.shards, byId("shards-filter").value, byId("shards-order").value);
     const open = this.shards.filter((shard) => shard.state !== "finished");
+    const asked = byId("shards-finished").checked ? this.shards : open;
+    const found = orderedShards(asked, byId("shards-filter").value, byId("shards-order").value);
     const alone = open.filter((shard) => shard.state === "open" && !isOwned(shard)).length;
-    const of = found.length === this.shards.length ? "" : `${count(found.length)} found of `;
+    const of = found.length === asked.length ? "" : `${count(found.length)} found of `;
     const lost = alone > 0 ? `, ${count(alone)} without a living owner` : "";
     say(byId("shards-count"), `${of}${many(this.shards.length, "shard")}: ${count(open.length)} open${lost}, ${count(this.shards.length - open.length)} finished lately`);
     this.grid.fill(found, this.today);
@@ -223,7 +224,7 @@ const LISTS = {
     none: "Nothing has changed since this worker started.",
     rows: (view) => view.events,
     key: (event) => `${event.at} ${event.table ?? ""} ${event.text}`,
-    limit: 20,
+    limit: 10,
     columns: [
       { head: "At", cell: (event) => ({ at: event.at }), kind: "at" },
       { head: "Event", cell: eventText, kind: "prose" },
