@@ -13,7 +13,6 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 use crate::error::{Class, Failure};
 use crate::lease::row::{DoubtCause, JobKind, Mending};
-use crate::observe::health::Scope;
 use crate::stream::change::Event;
 
 /// What a metric is.
@@ -486,9 +485,6 @@ pub fn begin(table: &str) {
     for kind in ["proven", "estimated"] {
         gauge!(POINT, "table" => table.to_owned(), "kind" => kind).set(f64::INFINITY);
         gauge!(GROUP_POINT, "kind" => kind).set(f64::INFINITY);
-    }
-    for scope in Scope::ALL {
-        outage(table, scope, false);
     }
     gauge!(LAST_RECORD, "table" => table.to_owned()).set(0.0);
     for class in [Class::Validation, Class::CollectionFull, Class::Undecodable] {
