@@ -6,7 +6,7 @@ use super::{HEARTBEAT_LIMIT, Health, Reason, Scope, State};
 use crate::lease::row::{GapReason, HowFar, Mending};
 use crate::observe::liveness::{Excuses, Finding, Ledger, Limits, Signs};
 use crate::observe::metrics;
-use crate::observe::view::build::low_headroom;
+use crate::observe::view::reasons::low_headroom;
 
 /// A closed tap.
 #[derive(Debug, Clone, PartialEq)]
