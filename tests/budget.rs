@@ -400,6 +400,19 @@ async fn a_hot_range_slows_its_shard_alone() {
     let took = begun.elapsed().as_secs_f64();
     let least = (items / RANGES - items / 20) as f64 / HOT;
     println!("all after {took:.1} s, {least:.1} at the least");
+    if std::env::var_os("STORY").is_some() {
+        for call in stand.gateways[1].calls_of("BatchWriteItem") {
+            if call.keys.iter().any(|key| key.place() < end) {
+                println!(
+                    "{:.3} {} items {} back {:?}",
+                    call.arrived.as_secs_f64(),
+                    call.keys.len(),
+                    call.unprocessed,
+                    call.code()
+                );
+            }
+        }
+    }
     assert!(took < 2.0 * least + 2.0, "{took}");
     let calls = stand.gateways[1].calls_of("BatchWriteItem");
     let refused: usize = calls.iter().map(|call| call.unprocessed).sum();

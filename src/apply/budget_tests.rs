@@ -102,3 +102,28 @@ async fn the_price_follows_what_writes_were_found_to_cost() {
     }
     assert_eq!(budget.price(), PRICES.0);
 }
+
+/// A lane that was free is slowed by throttling, and goes on at what is left.
+#[tokio::test]
+async fn a_lane_that_is_throttled_goes_on_slower() {
+    let budget = Budget::fixed(None, true);
+    let lane = budget.lane();
+    let costs = [1.0; 25];
+    for _ in 0..4 {
+        let sent = uptime();
+        let charge = lane.take(&costs).await;
+        lane.throttled(sent);
+        lane.settle(charge.units, Some(0.0));
+    }
+    let start = Instant::now();
+    let mut taken = 0;
+    while start.elapsed() < Duration::from_secs(1) {
+        taken += lane.take(&costs).await.count;
+    }
+    let rate = lane.rate();
+    assert!((80.0..200.0).contains(&rate), "{rate}");
+    assert!(
+        (f64::from(taken as u32) - rate).abs() < 0.3 * rate,
+        "{taken} at {rate}"
+    );
+}

@@ -8,6 +8,9 @@ use std::time::Duration;
 pub const BURST: Duration = Duration::from_millis(100);
 /// What throttling leaves of a rate.
 const CUT: f64 = 0.7;
+/// How long a cut is given to show, before what is sent after it counts: what went beyond is still being
+/// made up for.
+const SETTLE: Duration = Duration::from_millis(250);
 /// Part of the present rate that comes back in a second, and of the rate to be reached.
 const GROWTH: f64 = 0.1;
 const GROWTH_LEAST: f64 = 0.005;
@@ -15,6 +18,8 @@ const GROWTH_LEAST: f64 = 0.005;
 const RATE_MIN: f64 = 1.0;
 /// A rate without a limit is cut from what was spent of late, and from this at least.
 const RECENT_MIN: f64 = 100.0;
+/// What of a burst is worth being sent.
+const ENOUGH: f64 = 0.9;
 /// Rounding must not make anybody wait for a thousandth of a unit.
 const EPSILON: f64 = 1e-6;
 
@@ -85,7 +90,8 @@ impl Bucket {
         if !self.rate.is_finite() {
             return Ok((costs.len(), total));
         }
-        let needed = total.min(first.max(self.burst()));
+        // Not the whole of it: a rate that grows would raise it faster than it fills.
+        let needed = total.min(first.max(self.burst() * ENOUGH));
         if self.tokens + EPSILON < needed {
             let seconds = (needed - self.tokens) / self.rate;
             // Beyond a day somebody has looked, and asks again.
@@ -126,9 +132,9 @@ pub struct Adaptive {
 
 impl Adaptive {
     /// What was sent at `sent` was throttled. `rate` is what would be allowed, infinite without a limit;
-    /// `recent` was spent a second of late. What left before the last cut says nothing of it.
+    /// `recent` was spent a second of late. What left before the last cut, or right after it, says nothing of it.
     pub fn cut(&mut self, sent: Duration, rate: f64, recent: f64, now: Duration) {
-        if self.cut.is_some_and(|cut| sent < cut) {
+        if self.cut.is_some_and(|cut| sent < cut + SETTLE) {
             return;
         }
         self.grow(rate, now);
