@@ -76,6 +76,8 @@ async fn a_worker_is_watched_through_all_its_troubles() {
     let worker = scene.worker().await;
     let standby = Worker::start(&scene.config_of_the_active_region());
     let prometheus = Prometheus::start(&[worker.port(), standby.port()]).await;
+    let stands_by = async || standby.metric("farshore_standby").await == 1.0;
+    eventually("the other region's worker stands by", WITHIN, stands_by).await;
     let mut browser = Browser::start();
     let page = format!("http://127.0.0.1:{}/", worker.port());
 

@@ -87,7 +87,7 @@ async fn demo(args: &Args, stop_writing: CancellationToken) -> Result<Exit, Fail
         source.endpoint, target.endpoint
     );
     if let Some(address) = address {
-        eprintln!("metrics http://{address}/metrics   health http://{address}/readyz");
+        eprintln!("page http://{address}/   metrics http://{address}/metrics");
     }
     let worker = Worker::new(loaded, role, listener, Some(handle));
     let (board, health) = (worker.board(), worker.health());

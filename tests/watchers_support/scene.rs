@@ -67,12 +67,7 @@ impl Scene {
 
     /// The same configuration for a worker in the active region.
     pub fn config_of_the_active_region(&self) -> PathBuf {
-        let other = self.stand.config_at(
-            &self.stand.source_url,
-            &self.stand.target_url,
-            &[&self.table],
-            "",
-        );
+        let other = self.stand.config(&[&self.table], "");
         let here = |label: &str| format!("here = \"{label}\"");
         let text = text_of(&other).replace(&here(TARGET), &here(SOURCE));
         std::fs::write(&other, text).unwrap();
