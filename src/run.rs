@@ -43,11 +43,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::batch::Writer;
-use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
 use crate::error::Exit;
+use crate::lease::budget_keeper::BudgetKeeper;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
@@ -175,10 +175,11 @@ async fn feed_until(
 ) -> Exit {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
-    let writers = writers(&config, &feed);
     let owner = owner();
+    let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
-        writers,
+        writers: writers(&config, &feed, &budgets),
+        budgets,
         epoch: feed.epoch,
         fleet: Arc::new(Fleet::new(&owner, feed.epoch, config.leases.duration)),
         member: Member::new(feed.state.clone(), &owner, feed.epoch),
@@ -216,6 +217,7 @@ async fn feed_until(
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
+    keepers.spawn(member::keep_budgets(Arc::clone(&shared)));
     let mut repairs = JoinSet::new();
     for table in &shared.config.tables {
         repairs.spawn(keep_repairing(
@@ -443,9 +445,9 @@ async fn keep_auditing(shared: Arc<Shared>, table: Table, stop: CancellationToke
 }
 
 /// One writer for each replica.
-fn writers(config: &Config, feed: &Feed) -> BTreeMap<String, Arc<Writer>> {
+fn writers(config: &Config, feed: &Feed, budgets: &BudgetKeeper) -> BTreeMap<String, Arc<Writer>> {
     let writer = |table: &Table| {
-        let budget = Arc::new(Budget::new(config.units_per_second(table)));
+        let budget = budgets.budget(&table.name);
         let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
         Arc::new(Writer::new(
             feed.target.tables.clone(),

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::Client;
-use common::binary::{Worker, farshore, provision};
+use common::binary::{Worker, farshore, provision, run};
 use common::stand::{SOURCE, Stand, TARGET, client, n, s, text_of};
 use common::{eventually, long};
 use farshore::embedded::gateway::{Fault, Options, Outage};
@@ -364,6 +364,16 @@ async fn the_proven_recovery_point_is_never_younger_than_the_truth() {
     scene.sampler.phase("the source is away");
     scene.stand.gateways[0].go_away(Outage::Refused).await;
     scene.sample_for(Duration::from_millis(1_000), false).await;
+    // The same from the state table alone, by the clock of its region.
+    let path = scene.configs[0].to_str().unwrap();
+    let view: Value =
+        serde_json::from_slice(&run(&["status", "--json", "--config", path]).stdout).unwrap();
+    assert_eq!(
+        (&view["clock"], &view["clockErrorSeconds"]),
+        (&"replica".into(), &2.0.into())
+    );
+    assert_eq!(view["regions"][0]["state"], "unreachable", "{view:#}");
+    assert_eq!(view["headline"]["code"], "outage-source", "{view:#}");
     scene.stand.gateways[0].come_back().await;
     scene.sample_for(Duration::from_millis(1_500), false).await;
 
@@ -566,6 +576,8 @@ async fn an_outage_is_two_lines_and_not_two_thousand() {
     // Whoever looks at the page sees them as well.
     let (_, text) = worker.get("/status").await.unwrap();
     let view: Value = serde_json::from_str(&text).unwrap();
+    let shape: farshore::observe::view::View = serde_json::from_str(&text).unwrap();
+    assert_eq!(serde_json::to_value(shape).unwrap(), view, "another shape");
     let events = view["events"].as_array().unwrap();
     let texts = events.iter().filter_map(|event| event["text"].as_str());
     let begun = texts.filter(|text| text.starts_with("outage begins"));

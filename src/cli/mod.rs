@@ -75,7 +75,7 @@ enum Command {
     ///
     /// From the state table of this region alone, also while the active region is away, and from the
     /// workers that can be reached. Exit code 0: nothing needs a person; 1: a gap is open, a tap is closed,
-    /// a shard has no owner or a silent one, nobody feeds the replica, less than six hours are left until
+    /// a shard has no owner or a silent one, nobody feeds the replica, a region is away, less than six hours are left until
     /// the stream forgets, a doubt should have been repaired more than ten minutes ago (a doubt that waits
     /// for its time is normal), or a worker is not ready; 2: could not read.
     Status(status::Args),

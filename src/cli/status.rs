@@ -12,15 +12,16 @@ use super::ask::{authority, get, reachable};
 use super::{answer, answer_json};
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
-use crate::dynamo::clock::host_ms;
+use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::error::{Class, Exit, Failure};
 use crate::lease::row::ShardRow;
 use crate::lease::table::StateTable;
 use crate::observe::board::RETENTION_MS;
+use crate::observe::health::Scope;
 use crate::observe::recovery::Live;
 use crate::observe::view::build::{Asked, Facts, Seen, build};
 use crate::observe::view::merge::merge;
-use crate::observe::view::{VERSION, View};
+use crate::observe::view::{Outage, VERSION, View};
 use crate::run::proven::heard;
 use crate::run::rows::Snapshot;
 use crate::run::start::unusable;
@@ -183,6 +184,8 @@ async fn look(
                 .map(|fault| (fault, None)),
         });
     }
+    // A worker says better since when, if it sees the same.
+    let outages = asked.iter().filter_map(away).collect();
     let source_clock = source.and_then(|source| source.clock.reading());
     let (clock, clock_of) = heard(source_clock, region.clock.reading());
     let mut view = build(Seen {
@@ -197,11 +200,26 @@ async fn look(
         live: &Live::new(),
         facts: Facts {
             asked,
+            outages,
             ..Facts::default()
         },
     });
     merge(&mut view, &answers);
     Ok(view)
+}
+
+/// The outage of a region that was asked now and does not answer.
+fn away(asked: &Asked) -> Option<Outage> {
+    let (fault, _) = asked.trouble.as_ref()?;
+    Some(Outage {
+        scope: Scope::Source.label().to_owned(),
+        table: None,
+        region: asked.label.clone(),
+        since: rfc3339(host_ms()),
+        class: fault.class.label().to_owned(),
+        text: fault.summary().to_owned(),
+        next: fault.next_step().to_owned(),
+    })
 }
 
 /// What a worker of this group and region says; `None` where none does.

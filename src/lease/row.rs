@@ -1,5 +1,6 @@
 //! The rows of the state table (DESIGN section 4), read and written through `serde_dynamo`.
 
+mod budget;
 mod doubt;
 mod fleet;
 mod gap;
@@ -8,6 +9,7 @@ mod reconcile;
 
 use serde::{Deserialize, Serialize};
 
+pub use budget::{BUDGET_KEY, BudgetRow, Holding, Share};
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
 pub use gap::{GapReason, GapRow};
@@ -89,6 +91,8 @@ pub enum Row {
     Reconcile(ReconcileRow),
     /// A part of one.
     Segment(SegmentRow),
+    /// Who may spend how much of the write budgets.
+    Budget(BudgetRow),
     /// A kind this version does not use.
     Other(Head),
 }

@@ -151,7 +151,6 @@ impl Health {
         let begins = fault.policy() == Policy::WaitAndAlarm || outage.since.elapsed() >= PATIENCE;
         if begins && !outage.begun {
             outage.begun = true;
-            super::metrics::outage(table, scope, true);
             tracing::warn!(
                 table,
                 scope = scope.label(),
@@ -175,7 +174,6 @@ impl Health {
             && let Some(ended) = state.outages.remove(&key)
             && ended.begun
         {
-            super::metrics::outage(table, scope, false);
             tracing::info!(
                 table,
                 scope = scope.label(),
@@ -220,6 +218,7 @@ impl Health {
                     table,
                     reason = reason.label(),
                     gaps = keys.len(),
+                    gap = keys.first(),
                     next = reason.next_step(),
                     "gap: records were never applied"
                 );

@@ -115,6 +115,8 @@ const SKIPPED: &str = "farshore_records_skipped_total";
 const COALESCED: &str = "farshore_records_coalesced_total";
 const WRITTEN: &str = "farshore_items_written_total";
 const UNITS: &str = "farshore_write_units_total";
+const BUDGET: &str = "farshore_write_budget_units";
+const LIMIT: &str = "farshore_write_limit_units";
 const DEAD_LETTERED: &str = "farshore_dead_letters_total";
 const THROTTLED: &str = "farshore_throttles_total";
 const RETRIED: &str = "farshore_retries_total";
@@ -200,7 +202,19 @@ pub const METRICS: &[Metric] = &[
         UNITS,
         Kind::Counter,
         "table",
-        "Write units spent on the replica, estimated by item size.",
+        "Write units spent on the replica: as the service tells, and where it does not, by item size.",
+    ),
+    metric(
+        BUDGET,
+        Kind::Gauge,
+        "table",
+        "This worker's share now of the table's write budget, in units per second; over the fleet and its jobs no more than `units_per_second`. 0 while it has none, +Inf without a limit.",
+    ),
+    metric(
+        LIMIT,
+        Kind::Gauge,
+        "table",
+        "What throttling of the table leaves of that share, in units per second; the share itself while there is none.",
     ),
     metric(
         DEAD_LETTERED,
@@ -310,7 +324,7 @@ pub const METRICS: &[Metric] = &[
         LETTERS_WAITING,
         Kind::Gauge,
         "",
-        "Dead letters in the queue, received ones included; SQS counts them about right.",
+        "Dead letters that wait, received ones included; SQS counts them about right.",
     ),
     metric(
         LETTERS_LEFT,
@@ -534,9 +548,16 @@ pub fn skipped(table: &str, reason: &'static str) {
 }
 
 /// Items were written at a cost of `units`.
-pub fn written(table: &str, items: usize, units: u32) {
+pub fn written(table: &str, items: usize, units: f64) {
     counter!(WRITTEN, "table" => table.to_owned()).increment(items as u64);
-    counter!(UNITS, "table" => table.to_owned()).increment(u64::from(units));
+    counter!(UNITS, "table" => table.to_owned()).increment(units.round() as u64);
+}
+
+/// What this worker may spend of the write budget of `table`, in units a second, and what throttling
+/// leaves of it.
+pub fn write_budget(table: &str, share: f64, limit: f64) {
+    gauge!(BUDGET, "table" => table.to_owned()).set(share);
+    gauge!(LIMIT, "table" => table.to_owned()).set(limit.min(share));
 }
 
 /// A record went to the dead letters.

@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod merge;
+pub mod reasons;
 
 use serde::{Deserialize, Serialize};
 

@@ -34,7 +34,6 @@ use crate::lease::table::Written;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::repair::{Attempts, KeepExpired, Refused, Repaired, Repairer, Unfinished};
-use crate::stream::change::decode;
 use crate::stream::reader::{PAGE_RECORDS_MAX, Page, Position, ShardReader};
 use crate::stream::sequence::SequenceNumber;
 use crate::stream::stream_label;
@@ -372,7 +371,7 @@ impl<'a> DoubtRepair<'a> {
     /// Takes in a page's keys. Returns whether the range is over.
     fn take_in(&mut self, page: Page, row: &DoubtRow, last: Option<&SequenceNumber>) -> bool {
         for record in page.records {
-            let (sequence, created_ms, keys) = match decode(record) {
+            let (sequence, created_ms, keys) = match record {
                 Ok(change) => (Some(change.sequence), change.created_ms, Some(change.keys)),
                 Err(bad) => (bad.sequence, bad.created_ms, bad.keys),
             };

@@ -30,6 +30,10 @@ pub fn look(shared: &Shared) {
         show_rows(shared, &rows, &headroom);
         note_unowned(shared, &rows);
     }
+    for (table, writer) in &shared.writers {
+        let budget = writer.budget();
+        metrics::write_budget(table, budget.share(), budget.rate());
+    }
     shared.look_at_halts();
     shared.health.watch();
 }

@@ -144,6 +144,14 @@ impl Show for Feeding {
         let error_s = heard.map_or(f64::INFINITY, |heard| heard.error_ms as f64 / 1_000.0);
         let group = of_group(points.values());
         metrics::group_recovery_point(group.age(clock), error_s);
+        let outages = shared.health.outages();
+        let tables = shared.config.tables.iter().map(|table| table.name.as_str());
+        for table in tables.chain([""]) {
+            for scope in Scope::ALL {
+                let is_open = (outages.iter()).any(|of| of.table == table && of.scope == scope);
+                metrics::outage(table, scope, is_open);
+            }
+        }
         for (table, totals) in shared.board.tables() {
             let at_ms = totals.last_record_ms.load(Ordering::Relaxed);
             metrics::last_record(&table, at_ms);

@@ -1,6 +1,7 @@
 //! One shard from its checkpoint to its end: read, decode, coalesce, apply, checkpoint.
 
 mod poison;
+mod proof;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -20,6 +21,7 @@ use super::source::{Read, Restart, read_shard};
 use super::tap::Gate;
 use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
+use crate::apply::budget::Budget;
 use crate::apply::coalesce::{SlotId, Window};
 use crate::backoff::Backoff;
 use crate::config::TtlDeletes;
@@ -35,7 +37,7 @@ use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::observe::metrics::replay::Tally;
 use crate::observe::recovery::Proof;
-use crate::stream::change::{Event, decode};
+use crate::stream::change::Event;
 use crate::stream::reader::Position;
 use crate::stream::sequence::SequenceNumber;
 
@@ -89,6 +91,8 @@ struct Consumer<'a> {
     /// What may still take effect and is not stored as a doubt yet.
     doubts: ShardDoubts,
     window: Window,
+    /// What throttling of its keys leaves to it.
+    lane: Arc<Budget>,
     writes: FuturesUnordered<Later<'a, Sent>>,
     letters: FuturesUnordered<Later<'a, Delivered>>,
     checkpointing: Option<Later<'a, Checkpointed>>,
@@ -161,6 +165,7 @@ pub async fn consume(
         start: position,
         doubts: ShardDoubts::default(),
         window: Window::new(context.shared.config.coalesces(&context.table)),
+        lane: Arc::new(context.writer.budget().lane()),
         writes: FuturesUnordered::new(),
         letters: FuturesUnordered::new(),
         checkpointing: None,
@@ -317,7 +322,7 @@ impl<'a> Consumer<'a> {
         self.is_untouched &= read.page.records.is_empty();
         let table = &self.context.table;
         for record in read.page.records {
-            let change = match decode(record) {
+            let change = match record {
                 Ok(change) => change,
                 Err(bad) => {
                     let sequence = bad.sequence.or_else(|| self.last_sequence.clone());
@@ -357,34 +362,6 @@ impl<'a> Consumer<'a> {
         self.note_durable();
     }
 
-    /// The shard was found to hold nothing at `at_ms`. If nothing of it was ever taken in, nothing is left of
-    /// what was made before its stream was begun: what the table held then came otherwise.
-    fn note_nothing(&mut self, at_ms: i64) {
-        if !self.is_untouched || self.proof.said_ms().is_some() {
-            return;
-        }
-        let Some(begun_ms) = self.begun_ms().filter(|begun_ms| *begun_ms <= at_ms) else {
-            return;
-        };
-        // Once is enough: what an ancestor has is more, and does not change any more.
-        self.is_untouched = false;
-        if self.context.shared.proven_of_shard(&self.key).is_none() {
-            let begun_ms = Some(begun_ms);
-            self.proof.checkpointed(begun_ms, self.may_say(begun_ms));
-        }
-    }
-
-    /// When the stream was begun.
-    fn begun_ms(&self) -> Option<i64> {
-        let context = self.context;
-        let (epoch, table) = (context.shared.epoch, &context.table.name);
-        let rows = context.shared.rows.borrow();
-        let mut streams = rows.streams.iter();
-        let stream =
-            streams.find(|row| row.stream_arn == context.stream_arn && row.is_of(epoch, table));
-        stream.and_then(|row| row.begun_at)
-    }
-
     /// Shows that the loop comes round. `full` says that nothing has to be read.
     fn live(&mut self, full: bool) {
         let rests = self.window.is_empty() || !self.gate.is_open();
@@ -406,8 +383,9 @@ impl<'a> Consumer<'a> {
             }
             let (context, flow) = (self.context, self.gate.flow());
             let bound: Arc<dyn Bound> = Arc::clone(self.lease) as _;
+            let lane = Arc::clone(&self.lane);
             self.writes.push(Box::pin(async move {
-                context.writer.write(&bound, &flow, ops).await
+                context.writer.write_in(&lane, &bound, &flow, ops).await
             }));
         }
     }
@@ -513,14 +491,6 @@ impl<'a> Consumer<'a> {
         shared
             .board
             .set(&self.context.table.name, &self.shard, self.standing);
-    }
-
-    /// What the row may say to be proven once a checkpoint that proves `by_ms` is stored.
-    fn may_say(&self, by_ms: Option<i64>) -> Option<i64> {
-        let rows = self.context.shared.rows.borrow();
-        let table = &self.context.table.name;
-        let let_pass = |ms| rows.holds.let_pass(&self.key, table, ms);
-        self.proof.may_say(by_ms, rows.begun, let_pass)
     }
 
     /// What is durable now, if it is more than what is stored.
@@ -654,15 +624,6 @@ impl<'a> Consumer<'a> {
         let doubt = self.doubts.store(self.context, self.lease.shard()).await?;
         self.doubts_stored(doubt);
         Ok(())
-    }
-
-    /// A doubt was stored, if there was one.
-    fn doubts_stored(&mut self, doubt: Option<(Range, DoubtRow)>) {
-        let any = doubt.is_some();
-        self.doubts.stored(doubt);
-        if any {
-            self.proof.held(self.doubts.is_stored(), Instant::now());
-        }
     }
 
     /// The shard is applied to its end: its children get their rows, then it says SHARD_END.

@@ -20,9 +20,7 @@ use crate::stream::{ShardId, stream_label};
 
 /// A page with this many records, or of so many bytes, was cut by count or size: more is waiting.
 const FULL_PAGE_RECORDS: usize = 200;
-const FULL_PAGE_BYTES: i64 = 512 << 10;
-/// What a record takes besides its images.
-const RECORD_BYTES: usize = 384;
+const FULL_PAGE_BYTES: usize = 512 << 10;
 /// Pause after a page of a backlog that does not fill a batch.
 const SHORT_PAUSE: Duration = Duration::from_millis(50);
 /// Records so old are of a backlog, however few come at once.
@@ -209,8 +207,8 @@ pub async fn read_shard(
 
 /// What a page holds.
 struct Size {
-    /// Bytes of its images, as the service tells them.
-    bytes: i64,
+    /// Bytes of its changes in memory, about.
+    bytes: usize,
     /// When the source made the last of its records, in milliseconds since the epoch.
     newest_ms: Option<i64>,
 }
@@ -218,20 +216,20 @@ struct Size {
 impl Size {
     /// What one of its `records` takes in memory, about.
     fn record_bytes(&self, records: usize) -> Option<usize> {
-        let bytes = usize::try_from(self.bytes).unwrap_or(0);
-        (records > 0).then(|| RECORD_BYTES + bytes / records)
+        (records > 0).then(|| self.bytes / records)
     }
 }
 
 fn size(page: &Page) -> Size {
-    let bodies = page.records.iter().filter_map(|r| r.dynamodb.as_ref());
-    let newest = bodies
-        .clone()
-        .next_back()
-        .and_then(|body| body.approximate_creation_date_time);
+    let changes = page.records.iter().flatten();
+    let newest = page.records.last().map(|record| match record {
+        Ok(change) => change.created_ms,
+        Err(bad) => bad.created_ms,
+    });
     Size {
-        bytes: bodies.filter_map(|body| body.size_bytes).sum(),
-        newest_ms: newest.and_then(|time| time.to_millis().ok()),
+        bytes: changes.map(|change| change.bytes).sum(),
+        // Zero where it is not known.
+        newest_ms: newest.filter(|ms| *ms > 0),
     }
 }
 

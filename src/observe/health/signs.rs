@@ -6,7 +6,7 @@ use super::{HEARTBEAT_LIMIT, Health, Reason, Scope, State};
 use crate::lease::row::{GapReason, HowFar, Mending};
 use crate::observe::liveness::{Excuses, Finding, Ledger, Limits, Signs};
 use crate::observe::metrics;
-use crate::observe::view::build::low_headroom;
+use crate::observe::view::reasons::low_headroom;
 
 /// A closed tap.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,12 +30,13 @@ pub struct TableDoubts {
     pub overdue: usize,
 }
 
-/// The dead letters of a queue.
+/// The dead letters that wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LettersLeft {
     /// How many wait.
     pub waiting: u64,
-    /// Time until the queue forgets the oldest, where any waits.
+    /// Time until the queue forgets the oldest; `None` where none waits, or in a directory, which forgets
+    /// nothing.
     pub left: Option<Duration>,
     /// Whether a person has to know.
     pub is_urgent: bool,
@@ -153,14 +154,16 @@ impl State {
                 next: "Look at the other reasons and the log: what holds the repair back is said there".to_owned(),
             });
         }
-        if let Some(letters) = self.letters.filter(|letters| letters.is_urgent) {
+        if let Some(letters) = self.letters.filter(|letters| letters.is_urgent)
+            && let Some(left) = letters.left
+        {
             reasons.push(Reason {
                 code: "dead-letters-expire".to_owned(),
                 table: String::new(),
                 text: format!(
                     "the queue forgets the oldest of {} dead letter(s) in {}",
                     letters.waiting,
-                    hours(letters.left.unwrap_or_default().as_secs_f64())
+                    hours(left.as_secs_f64())
                 ),
                 next: "Mend what the replica refused and bring them home with `farshore redrive --apply`, or give the queue a longer MessageRetentionPeriod".to_owned(),
             });
@@ -329,12 +332,12 @@ impl Health {
         };
     }
 
-    /// The dead letters of the queue, once it was looked at.
+    /// The dead letters that wait, once somebody has looked.
     pub fn letters(&self) -> Option<LettersLeft> {
         self.state().letters
     }
 
-    /// The queue was looked at.
+    /// The dead letters that wait now.
     pub fn set_letters(&self, letters: LettersLeft) {
         self.state().letters = Some(letters);
     }

@@ -50,7 +50,7 @@ function figures(view) {
     { name: "Lag", seconds: lagNow(view), absent: fed ? "nothing applied" : absent, note: "largest of the last ten seconds" },
     { name: "Records", text: known(rateNow(view)) ? rate(rateNow(view)) : undefined, absent, note: "applied by this worker" },
     { name: "Dead letters", text: known(letters.waiting) ? count(letters.waiting) : undefined, absent: "unknown", level: letters.waiting > 0 ? "warn" : undefined,
-      note: known(letters.oldestSecondsLeft) ? `oldest forgotten in ${rough(letters.oldestSecondsLeft)}` : "wait in the queue" },
+      note: known(letters.oldestSecondsLeft) ? `oldest forgotten in ${rough(letters.oldestSecondsLeft)}` : "wait to be brought home" },
     { name: "Doubts", text: count(doubts), note: "ranges to be repaired" },
   ];
 }
