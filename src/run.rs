@@ -20,7 +20,9 @@ pub mod letter;
 pub mod letters;
 pub mod lookout;
 pub mod member;
+pub mod proven;
 pub mod rows;
+pub mod seen;
 pub mod shard;
 pub mod source;
 pub mod start;
@@ -41,11 +43,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::batch::Writer;
-use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
 use crate::error::Exit;
+use crate::lease::budget_keeper::BudgetKeeper;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
@@ -58,6 +60,7 @@ use fleet::Fleet;
 use halt::Halts;
 use member::Member;
 use rows::{Snapshot, watch_rows};
+use seen::{Feeding, Standby};
 use start::{Feed, Role};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -73,6 +76,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A worker, ready to run.
 pub struct Worker {
     config: Config,
+    here: String,
     role: Role,
     listener: TcpListener,
     metrics: Option<PrometheusHandle>,
@@ -90,6 +94,7 @@ impl Worker {
     ) -> Self {
         Self {
             config: loaded.config,
+            here: loaded.here,
             role,
             listener,
             metrics,
@@ -117,10 +122,12 @@ impl Worker {
             }
         }
         let serving = CancellationToken::new();
+        let stage = server::Stage::default();
         let server = tokio::spawn(server::serve(
             self.listener,
             Arc::clone(&self.health),
             self.metrics.clone(),
+            Arc::clone(&stage),
             serving.clone(),
         ));
         let exit = match self.role {
@@ -130,6 +137,10 @@ impl Worker {
                     "standby: this region is active, nothing is fed into it"
                 );
                 self.health.set_standby(&active);
+                metrics::standby();
+                let standby = Standby::new(self.config, self.here, active, &self.health);
+                // It is set nowhere else.
+                let _ = stage.set(Arc::new(standby));
                 beat(&self.health, None, self.metrics.as_ref(), &stop).await;
                 Exit::Done
             }
@@ -139,7 +150,7 @@ impl Worker {
                     self.config,
                     *feed,
                     health,
-                    self.board,
+                    (self.board, stage),
                     self.metrics.as_ref(),
                     &stop,
                 )
@@ -158,16 +169,17 @@ async fn feed_until(
     config: Config,
     feed: Feed,
     health: Arc<Health>,
-    board: Arc<Board>,
+    (board, stage): (Arc<Board>, server::Stage),
     metrics: Option<&PrometheusHandle>,
     stop: &CancellationToken,
 ) -> Exit {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
-    let writers = writers(&config, &feed);
     let owner = owner();
+    let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
-        writers,
+        writers: writers(&config, &feed, &budgets),
+        budgets,
         epoch: feed.epoch,
         fleet: Arc::new(Fleet::new(&owner, feed.epoch, config.leases.duration)),
         member: Member::new(feed.state.clone(), &owner, feed.epoch),
@@ -196,6 +208,8 @@ async fn feed_until(
         owner = shared.owner,
         "feeding"
     );
+    // It is set nowhere else.
+    let _ = stage.set(Arc::new(Feeding::new(&shared)));
     shared.health.expect_life(Limits::of(&shared.config));
     metrics::begin_worker();
     // Dropped with this function, and their tasks with them.
@@ -203,6 +217,7 @@ async fn feed_until(
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
+    keepers.spawn(member::keep_budgets(Arc::clone(&shared)));
     let mut repairs = JoinSet::new();
     for table in &shared.config.tables {
         repairs.spawn(keep_repairing(
@@ -430,9 +445,9 @@ async fn keep_auditing(shared: Arc<Shared>, table: Table, stop: CancellationToke
 }
 
 /// One writer for each replica.
-fn writers(config: &Config, feed: &Feed) -> BTreeMap<String, Arc<Writer>> {
+fn writers(config: &Config, feed: &Feed, budgets: &BudgetKeeper) -> BTreeMap<String, Arc<Writer>> {
     let writer = |table: &Table| {
-        let budget = Arc::new(Budget::new(config.units_per_second(table)));
+        let budget = budgets.budget(&table.name);
         let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
         Arc::new(Writer::new(
             feed.target.tables.clone(),

@@ -63,6 +63,11 @@ pub struct Window {
     /// Keys with something to send and nothing in flight, longest waiting first.
     ready: VecDeque<ItemKey>,
     durable: Option<Durable>,
+    /// The latest moment at which a change was made that nothing undone stands before, in milliseconds.
+    newest_durable_ms: Option<i64>,
+    /// Slots that no later one was made before, the oldest first: their times grow. Mostly one for each
+    /// second.
+    oldest: VecDeque<(SlotId, i64)>,
     bytes: usize,
     /// Room for the slots that one answer finishes.
     finished: Vec<SlotId>,
@@ -136,6 +141,8 @@ impl Window {
             keys: HashMap::new(),
             ready: VecDeque::new(),
             durable: None,
+            newest_durable_ms: None,
+            oldest: VecDeque::new(),
             bytes: 0,
             finished: Vec::new(),
         }
@@ -163,7 +170,18 @@ impl Window {
 
     /// When the source made the oldest change not done, in milliseconds since the epoch.
     pub fn oldest_open_ms(&self) -> Option<i64> {
-        self.slots.front().map(|slot| slot.created_ms)
+        self.oldest.front().map(|(_, created_ms)| *created_ms)
+    }
+
+    /// Before which moment of the source every change that was pushed is durable, in milliseconds; `None`
+    /// before the first one is. Times are whole seconds, so a change proves what was made before its own,
+    /// and one that is open takes that back as far as its own.
+    pub fn proven_ms(&self) -> Option<i64> {
+        let durable = self.newest_durable_ms?;
+        Some(
+            self.oldest_open_ms()
+                .map_or(durable, |open| open.min(durable)),
+        )
     }
 
     /// How far everything is durable; `None` before the first change is.
@@ -294,6 +312,14 @@ impl Window {
     fn open_slot(&mut self, sequence: SequenceNumber, created_ms: i64, bytes: usize) -> SlotId {
         let slot = self.first + self.slots.len() as u64;
         self.bytes += SLOT_BYTES + bytes;
+        while self
+            .oldest
+            .back()
+            .is_some_and(|(_, later)| *later >= created_ms)
+        {
+            self.oldest.pop_back();
+        }
+        self.oldest.push_back((slot, created_ms));
         self.slots.push_back(Slot {
             sequence,
             created_ms,
@@ -316,7 +342,11 @@ impl Window {
             let Some(slot) = self.slots.pop_front() else {
                 break;
             };
+            if self.oldest.front().is_some_and(|(id, _)| *id == self.first) {
+                self.oldest.pop_front();
+            }
             self.first += 1;
+            self.newest_durable_ms = self.newest_durable_ms.max(Some(slot.created_ms));
             self.bytes = self.bytes.saturating_sub(SLOT_BYTES);
             self.durable = Some(Durable {
                 sequence: slot.sequence,

@@ -29,6 +29,7 @@ pub fn batch_body(table: &str, ops: &[Op]) -> Result<Bytes, Fault> {
     let mut body = Vec::with_capacity(about + OP_BYTES * ops.len() + table.len() + 64);
     let batch = Batch {
         request_items: Requests { table, ops },
+        return_consumed_capacity: "TOTAL",
     };
     match serde_json::to_writer(&mut body, &batch) {
         Ok(()) => Ok(Bytes::from(body)),
@@ -52,6 +53,8 @@ pub fn replace_body(request: &mut HttpRequest, body: &Bytes) {
 #[serde(rename_all = "PascalCase")]
 struct Batch<'a> {
     request_items: Requests<'a>,
+    /// What it took is told, so that the write budget is not kept by estimates alone.
+    return_consumed_capacity: &'static str,
 }
 
 struct Requests<'a> {

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use aws_sdk_dynamodb::config::{BehaviorVersion, Credentials, Region};
-use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, ReturnConsumedCapacity, WriteRequest};
 use aws_sdk_dynamodb::{Client, Config};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -28,6 +28,7 @@ async fn body_of_sdk(table: &str, requests: Vec<WriteRequest>) -> Value {
     let call = Client::from_conf(config)
         .batch_write_item()
         .request_items(table, requests)
+        .return_consumed_capacity(ReturnConsumedCapacity::Total)
         .customize()
         .mutate_request(move |request| {
             let body = request.body().bytes().unwrap_or_default();

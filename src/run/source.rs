@@ -41,6 +41,8 @@ pub struct Read {
     /// A moment of the source, in milliseconds, up to which the shard was seen to hold nothing
     /// that was not read.
     pub caught_up_ms: Option<i64>,
+    /// When the page was asked for that ended the shard, by the source's clock, in milliseconds.
+    pub ended_ms: Option<i64>,
     /// The position was lost: nothing more is read before everything taken in so far is durable, and
     /// the new position stored.
     pub restart: Option<Restart>,
@@ -56,8 +58,9 @@ pub struct Restart {
 }
 
 impl Read {
-    fn page(page: Page, is_full: bool, caught_up_ms: Option<i64>) -> Self {
+    fn page(page: Page, is_full: bool, caught_up_ms: Option<i64>, asked_ms: i64) -> Self {
         Self {
+            ended_ms: page.end.then_some(asked_ms),
             page,
             is_full,
             caught_up_ms,
@@ -66,8 +69,16 @@ impl Read {
     }
 
     fn empty(end: bool) -> Self {
-        let records = Vec::new();
-        Self::page(Page { records, end }, false, None)
+        Self {
+            page: Page {
+                records: Vec::new(),
+                end,
+            },
+            is_full: false,
+            caught_up_ms: None,
+            ended_ms: None,
+            restart: None,
+        }
     }
 }
 
@@ -138,7 +149,7 @@ pub async fn read_shard(
                     .flatten();
                 proven_ms = proven_ms.max(caught_up_ms.unwrap_or(0));
                 if pages
-                    .send(Read::page(page, is_full, caught_up_ms))
+                    .send(Read::page(page, is_full, caught_up_ms, asked_ms))
                     .await
                     .is_err()
                     || end
@@ -280,6 +291,9 @@ async fn record_gap(
     let at = rfc3339(host_ms());
     let row = shard_key(shared.epoch, table, stream_arn, shard);
     let gap = GapRow::new(shared.epoch, table, reason, &detail, at);
-    let gap = gap.found(shared.source.clock.now_ms()).awaiting(row);
+    let gap = gap.found(shared.source.clock.now_ms());
+    // What its owner has applied so far was made before what is lost.
+    let applied_until = shared.proven_of_shard(&row);
+    let gap = gap.applied_until(applied_until).awaiting(row);
     shared.store_gap(&gap, &shard.0).await.found_at
 }
