@@ -35,6 +35,9 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 pub const SOURCE_TABLE: &str = "bench";
 pub const TARGET_TABLE: &str = "bench-replica";
 const ITEM_BYTES: usize = 1_000;
+/// The endpoint has one stream, whatever it is called; boto3 wants a name of this form.
+const STREAM_ARN: &str =
+    "arn:aws:dynamodb:us-east-1:000000000000:table/bench/stream/2026-01-01T00:00:00.000";
 
 #[derive(Parser)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -221,7 +224,7 @@ async fn by_peer(python: &Path, peer: Peer, round_trip: Duration) -> Result<f64,
     let mut command = Command::new(python);
     command
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/peers/replay.py"))
-        .args([peer.how, &endpoint.address.null, "arn:bench", TARGET_TABLE])
+        .args([peer.how, &endpoint.address.null, STREAM_ARN, TARGET_TABLE])
         .arg(peer.records.to_string())
         .env("AWS_ACCESS_KEY_ID", "bench")
         .env("AWS_SECRET_ACCESS_KEY", "bench")

@@ -18,7 +18,7 @@
 //! | own | [`lease::rules`] (pure), [`lease::held`], [`lease::table`] | one owner a shard, by conditional writes; nothing is sent once a lease has run out |
 //! | share | [`lease::share`] (pure), [`run::fleet`], [`run::member`] | every shard is read, by even shares; handed over drained, never torn away; in a steady fleet nothing moves |
 //! | read | [`stream::reader`], [`run::source`] | from the checkpoint to the end of the shard, the last page's records included |
-//! | decode | [`stream::change`] | images are moved into the types that are written, never cloned |
+//! | decode | [`stream::answer`], [`stream::change`] | images stay the text that the stream sent: looked through once, spelled anew never ([`dynamo::image`]) |
 //! | coalesce | [`apply::coalesce`] (pure) | order per key, one write of a key at a time, and how far everything is durable |
 //! | tap | [`run::tap`] | nothing is sent while a person has closed it, or while nobody can know |
 //! | apply | [`apply::batch`], [`apply::budget`] | batches of 25; a rejected one is bisected; within the write budget |
