@@ -355,7 +355,7 @@ impl Writer {
             .send();
         // Not answered before the lease's end is as good as not answered.
         let timeout = ATTEMPT_TIMEOUT.min(remaining - LEASE_MARGIN);
-        let funded = Funded::new(bound, &self.budget);
+        let funded = Funded::bound(bound, &self.budget);
         let (answer, left) = within(funded, timeout, call).await;
         let mut strain = None;
         let answer = match answer {

@@ -175,7 +175,7 @@ impl Conditional {
                 false => self.send(item, condition).await,
             }
         };
-        let (answer, left) = within(Funded::new(bound, &self.budget), timeout, call).await;
+        let (answer, left) = within(Funded::bound(bound, &self.budget), timeout, call).await;
         match &answer {
             Some(Ok(told)) => {
                 payment.took(units, *told);

@@ -202,7 +202,7 @@ pub struct Funded {
 
 impl Funded {
     /// `bound`, no longer than the share of `budget`.
-    pub fn new(bound: &Arc<dyn Bound>, budget: &Arc<Budget>) -> Arc<dyn Bound> {
+    pub fn bound(bound: &Arc<dyn Bound>, budget: &Arc<Budget>) -> Arc<dyn Bound> {
         if !budget.is_shared() {
             return Arc::clone(bound);
         }
