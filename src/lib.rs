@@ -21,7 +21,8 @@
 //! | decode | [`stream::answer`], [`stream::change`] | images stay the text that the stream sent: looked through once, spelled anew never ([`dynamo::image`]) |
 //! | coalesce | [`apply::coalesce`] (pure) | order per key, one write of a key at a time, and how far everything is durable |
 //! | tap | [`run::tap`] | nothing is sent while a person has closed it, or while nobody can know |
-//! | apply | [`apply::batch`], [`apply::budget`] | batches of 25; a rejected one is bisected; within the write budget |
+//! | budget | [`lease::budget`] (pure), [`lease::budget_keeper`], [`apply::pace`] (pure), [`apply::budget`], [`apply::payment`] | the fleet's shares never add up to more; paid before it is sent, settled by what it took; slower when throttled |
+//! | apply | [`apply::batch`] | batches of 25; a rejected one is bisected |
 //! | give up | [`dead_letter`], [`run::letter`] | a record the replica can never take is stored before the checkpoint passes it |
 //! | halt | [`apply::flood`] (pure), [`run::halt`] | a flood of refusals is no poison: the table stops and a person is called |
 //! | bring home | [`jobs::redrive`], [`repair`] | a letter is deleted only after its key is as in the source |

@@ -35,5 +35,5 @@ fn every_promise_names_tests_that_exist() {
         }
         promises += 1;
     }
-    assert_eq!(promises, 11);
+    assert_eq!(promises, 12);
 }

@@ -121,7 +121,11 @@ impl Party {
             return None;
         }
         let replaces = known.as_ref().map(|row| row.lease_counter);
-        let mut row = known.unwrap_or_default();
+        let mut row = known.unwrap_or_else(|| BudgetRow {
+            // One that somebody deleted must not be taken for the one that is made anew.
+            lease_counter: u64::try_from(now.as_millis()).unwrap_or(u64::MAX / 2),
+            ..BudgetRow::default()
+        });
         let before = row.holders.len();
         row.holders
             .retain(|holder, _| *holder == self.me || !self.is_dead(holder, now));
