@@ -18,7 +18,7 @@ use crate::observe::metrics;
 const LOOK_LEASES: u32 = 6;
 /// A queue shows a few of its messages at a time: the oldest of these looks counts.
 const LOOKS_REMEMBERED: usize = 30;
-/// A look takes one part in so many of the time at most: a directory is read whole.
+/// Looks at a directory take one part in so many of the time at most: it is read whole.
 const LOOK_PARTS: u32 = 50;
 /// The alarm comes this long before the queue forgets a letter, or when a quarter of the time it
 /// keeps letters is left.
@@ -85,7 +85,10 @@ pub async fn watch_letters(shared: Arc<Shared>) {
                 health.failed(Scope::DeadLetters, "", "alarm", &fault);
             }
         }
-        let pause = every.max(begun.elapsed() * LOOK_PARTS);
+        let pause = match &shared.dead_letters {
+            Store::Queue(_) => every,
+            Store::Directory(_) => every.max(begun.elapsed() * LOOK_PARTS),
+        };
         tokio::time::sleep_until((begun + pause).into()).await;
     }
 }
