@@ -357,7 +357,10 @@ async fn a_thousand_shards_show_in_a_second() {
         });
         let took = took.fold(f64::INFINITY, f64::min);
         println!("{what} of 1,000 shards in {took:.0} ms");
-        assert!(took < 1_000.0, "{what}: {took} ms");
+        // What shows by itself within a second; all of them, which a person has to ask for, with room for a
+        // busy machine.
+        let most = if before.is_empty() { 1_000.0 } else { 4_000.0 };
+        assert!(took < most, "{what}: {took} ms");
     }
     assert_eq!(
         browser.eval("document.querySelectorAll('#shards tbody tr').length"),
