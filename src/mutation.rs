@@ -20,6 +20,12 @@ pub enum Mutation {
     Nonce,
     /// A tap that cannot be seen counts as open.
     Tap,
+    /// A writer goes on although its epoch is over.
+    Epoch,
+    /// A term does not end by itself.
+    Term,
+    /// A region that was active is fed like any other.
+    Quarantine,
 }
 
 impl Mutation {
@@ -32,6 +38,9 @@ impl Mutation {
             Mutation::Checkpoint => "checkpoint",
             Mutation::Nonce => "nonce",
             Mutation::Tap => "tap",
+            Mutation::Epoch => "epoch",
+            Mutation::Term => "term",
+            Mutation::Quarantine => "quarantine",
         }
     }
 }

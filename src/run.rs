@@ -4,6 +4,7 @@
 //!   start: find the role ─▶ listen ─▶ read the state table ─▶ follow each table ─▶ its shards
 //!   stop:  the others are told ─▶ shards drain, checkpoint, release ─▶ tables ─▶ its row ─▶ state table
 //!          ─▶ metrics and health
+//!   the epoch is over:  drained as for a stop ─▶ the newer record is stored ─▶ acknowledged ─▶ find the role
 //! ```
 
 pub mod ahead;
@@ -20,6 +21,8 @@ pub mod letter;
 pub mod letters;
 pub mod lookout;
 pub mod member;
+pub mod records;
+pub mod role;
 pub mod rows;
 pub mod shard;
 pub mod source;
@@ -45,7 +48,10 @@ use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
+use crate::dynamo::Regions;
 use crate::error::Exit;
+use crate::lease::control::Heed;
+use crate::lease::term::Term;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
@@ -57,6 +63,7 @@ use doubts::repair_doubts;
 use fleet::Fleet;
 use halt::Halts;
 use member::Member;
+use records::{Records, watch_term};
 use rows::{Snapshot, watch_rows};
 use start::{Feed, Role};
 
@@ -72,7 +79,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// A worker, ready to run.
 pub struct Worker {
-    config: Config,
+    loaded: Loaded,
+    regions: Arc<Regions>,
     role: Role,
     listener: TcpListener,
     metrics: Option<PrometheusHandle>,
@@ -81,15 +89,18 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker in `role` that serves metrics and health on `listener`.
+    /// A worker in `role` that serves metrics and health on `listener`. It finds its role anew in `regions`
+    /// whenever the active region changes.
     pub fn new(
         loaded: Loaded,
+        regions: Arc<Regions>,
         role: Role,
         listener: TcpListener,
         metrics: Option<PrometheusHandle>,
     ) -> Self {
         Self {
-            config: loaded.config,
+            loaded,
+            regions,
             role,
             listener,
             metrics,
@@ -112,7 +123,7 @@ impl Worker {
     pub async fn run(self, stop: CancellationToken) -> Exit {
         // Before anybody can ask: who asked early is answered first.
         if matches!(self.role, Role::Feed(_)) {
-            for table in &self.config.tables {
+            for table in &self.loaded.config.tables {
                 self.health.set_starting(&table.name);
             }
         }
@@ -123,29 +134,14 @@ impl Worker {
             self.metrics.clone(),
             serving.clone(),
         ));
-        let exit = match self.role {
-            Role::Standby { active } => {
-                tracing::info!(
-                    active,
-                    "standby: this region is active, nothing is fed into it"
-                );
-                self.health.set_standby(&active);
-                beat(&self.health, None, self.metrics.as_ref(), &stop).await;
-                Exit::Done
-            }
-            Role::Feed(feed) => {
-                let health = Arc::clone(&self.health);
-                feed_until(
-                    self.config,
-                    *feed,
-                    health,
-                    self.board,
-                    self.metrics.as_ref(),
-                    &stop,
-                )
-                .await
-            }
+        let roles = role::Roles {
+            loaded: self.loaded,
+            regions: self.regions,
+            health: self.health,
+            board: self.board,
+            metrics: self.metrics,
         };
+        let exit = roles.play(self.role, &stop).await;
         serving.cancel();
         // Ends when its last connection does, which nobody should have to wait for.
         let _ = tokio::time::timeout(HEARTBEAT, server).await;
@@ -153,22 +149,34 @@ impl Worker {
     }
 }
 
-/// Feeds the replicas until `stop`, then drains.
+/// How feeding ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Fed {
+    /// As it was asked to.
+    Stopped(Exit),
+    /// Its epoch is over, and that is acknowledged.
+    Over,
+}
+
+/// Feeds the replicas until `stop` or until the epoch is over, then drains.
 async fn feed_until(
     config: Config,
     feed: Feed,
+    records: Arc<Records>,
     health: Arc<Health>,
     board: Arc<Board>,
     metrics: Option<&PrometheusHandle>,
     stop: &CancellationToken,
-) -> Exit {
+) -> Fed {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
-    let writers = writers(&config, &feed);
+    let term = Term::new(feed.epoch, config.leases.duration, feed.begun);
+    let writers = writers(&config, &feed, &term);
     let owner = owner();
     let shared = Arc::new(Shared {
         writers,
         epoch: feed.epoch,
+        term,
         fleet: Arc::new(Fleet::new(&owner, feed.epoch, config.leases.duration)),
         member: Member::new(feed.state.clone(), &owner, feed.epoch),
         owner,
@@ -198,27 +206,30 @@ async fn feed_until(
     );
     shared.health.expect_life(Limits::of(&shared.config));
     metrics::begin_worker();
+    // Cancelled with `stop`, and at once when the epoch is over.
+    let ending = stop.child_token();
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
+    keepers.spawn(keep_term(Arc::clone(&shared), Arc::clone(&records)));
     let mut repairs = JoinSet::new();
     for table in &shared.config.tables {
         repairs.spawn(keep_repairing(
             Arc::clone(&shared),
             table.clone(),
-            stop.clone(),
+            ending.clone(),
         ));
         repairs.spawn(keep_mending(
             Arc::clone(&shared),
             table.clone(),
-            stop.clone(),
+            ending.clone(),
         ));
         repairs.spawn(keep_auditing(
             Arc::clone(&shared),
             table.clone(),
-            stop.clone(),
+            ending.clone(),
         ));
     }
     let beating = CancellationToken::new();
@@ -234,22 +245,43 @@ async fn feed_until(
         ));
     }
     let drain = async {
-        stop.cancelled().await;
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = shared.term.over().cancelled() => {}
+        }
         tracing::info!(grace_seconds = grace.as_secs_f64(), "draining");
-        tokio::time::timeout(grace, async {
-            member::leave(&shared).await;
+        let drained = tokio::time::timeout(grace, async {
+            match shared.is_in_epoch() {
+                true => member::leave(&shared).await,
+                // Every moment counts, and there is nobody to leave anything to.
+                false => shared.fleet.leave(),
+            }
+            ending.cancel();
             draining.cancel();
             let mut clean = true;
             while let Some(ended) = tables.join_next().await {
                 clean &= ended.unwrap_or(false);
             }
             while repairs.join_next().await.is_some() {}
-            if clean {
-                member::depart(&shared).await;
-            }
             clean
         })
-        .await
+        .await;
+        // It may have ended while this worker was asked to stop: that is acknowledged as well.
+        let why = shared.term.why().cloned();
+        if let Some(epoch) = why.as_ref().and_then(Heed::epoch) {
+            // Whatever is left of them sends nothing any more.
+            tables.shutdown().await;
+            repairs.shutdown().await;
+            if let Some(why) = &why
+                && records.adopt_patiently(why, stop).await
+            {
+                member::acknowledge(&shared, epoch, stop).await;
+            }
+        }
+        if stop.is_cancelled() && drained == Ok(true) {
+            member::depart(&shared).await;
+        }
+        drained
     };
     // The heart beats until the very end: draining is life.
     let drained = tokio::select! {
@@ -259,21 +291,45 @@ async fn feed_until(
     match drained {
         Ok(true) => {
             tracing::info!("drained: what was under way is applied, checkpointed and released");
-            Exit::Done
         }
         Ok(false) => {
             tracing::error!(
                 "not all shards could be released; the next worker waits for their leases to expire and goes on from the last checkpoint"
             );
-            Exit::Remains
         }
+        // Writes may be in flight, so leases are not released: they expire.
         Err(_) => {
-            // Writes may be in flight, so leases are not released: they expire.
             tracing::error!(
                 "the grace ran out before everything was applied; the next worker goes on from the last checkpoint"
             );
-            Exit::Remains
         }
+    }
+    match (stop.is_cancelled(), drained) {
+        (false, _) => Fed::Over,
+        (true, Ok(true)) => Fed::Stopped(Exit::Done),
+        (true, _) => Fed::Stopped(Exit::Remains),
+    }
+}
+
+/// Keeps the control records read: without them the term ends, and nothing is written. A reader that
+/// dies is started again.
+async fn keep_term(shared: Arc<Shared>, records: Arc<Records>) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let mut task = JoinSet::new();
+        task.spawn(watch_term(
+            Arc::clone(&records),
+            Arc::clone(&shared.term),
+            (shared.epoch, shared.source.label.clone()),
+            Arc::clone(&shared.health),
+        ));
+        task.join_next().await;
+        if !shared.is_in_epoch() {
+            return;
+        }
+        tracing::error!("the reader of the control records ended by itself; it starts over");
+        shared.health.task_died("records", "");
+        tokio::time::sleep(backoff.pause()).await;
     }
 }
 
@@ -430,18 +486,19 @@ async fn keep_auditing(shared: Arc<Shared>, table: Table, stop: CancellationToke
 }
 
 /// One writer for each replica.
-fn writers(config: &Config, feed: &Feed) -> BTreeMap<String, Arc<Writer>> {
+fn writers(config: &Config, feed: &Feed, term: &Arc<Term>) -> BTreeMap<String, Arc<Writer>> {
     let writer = |table: &Table| {
         let budget = Arc::new(Budget::new(config.units_per_second(table)));
         let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
-        Arc::new(Writer::new(
+        let writer = Writer::new(
             feed.target.tables.clone(),
             table.name_in(&feed.target.label),
             &table.name,
             budget,
             config.dead_letters.max_attempts,
             key,
-        ))
+        );
+        Arc::new(writer.within_term(Arc::clone(term)))
     };
     config
         .tables

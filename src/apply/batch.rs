@@ -17,6 +17,7 @@ use crate::dynamo::table::{KeyPart, describe, primary_key, show_key};
 use crate::dynamo::transmit::{Bound, Left, within};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
+use crate::lease::term::{EPOCH_HEADER, Term, within_term};
 use crate::observe::metrics;
 use crate::stream::sequence::SequenceNumber;
 
@@ -75,6 +76,8 @@ pub struct Writer {
     key: Vec<KeyPart>,
     /// When the replica was last seen to have that key.
     key_seen: Mutex<Option<Instant>>,
+    /// The right to write in the epoch at all.
+    term: Option<Arc<Term>>,
 }
 
 /// What one call did to its operations.
@@ -106,6 +109,16 @@ impl Writer {
             max_attempts,
             key,
             key_seen: Mutex::new(None),
+            term: None,
+        }
+    }
+
+    /// The same, whose writes leave only while `term` is good as well.
+    #[must_use]
+    pub fn within_term(self, term: Arc<Term>) -> Self {
+        Self {
+            term: Some(term),
+            ..self
         }
     }
 
@@ -275,6 +288,7 @@ impl Writer {
             () = stop.cancelled() => return Answer::Stopped,
             () = self.budget.spend(units) => {}
         }
+        let bound = &within_term(bound, self.term.as_ref());
         let remaining = bound.remaining();
         if remaining <= LEASE_MARGIN {
             return Answer::Failed(Fault::own(
@@ -288,12 +302,18 @@ impl Writer {
             Ok(body) => body,
             Err(fault) => return Answer::Failed(fault),
         };
+        let epoch = self.term.as_ref().map(|term| term.epoch().to_string());
         let call = self
             .client
             .batch_write_item()
             .request_items(&self.target, Vec::new())
             .customize()
-            .mutate_request(move |request| replace_body(request, &body))
+            .mutate_request(move |request| {
+                replace_body(request, &body);
+                if let Some(epoch) = &epoch {
+                    request.headers_mut().insert(EPOCH_HEADER, epoch.clone());
+                }
+            })
             .send();
         // Not answered before the lease's end is as good as not answered.
         let timeout = ATTEMPT_TIMEOUT.min(remaining - LEASE_MARGIN);

@@ -14,6 +14,7 @@ use crate::dynamo::transmit::{Bound, Left, within};
 use crate::dynamo::value::{Item, item_bytes};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
+use crate::lease::term::{Term, within_term};
 use crate::repair::Attempts;
 use crate::stream::change::write_units;
 
@@ -55,6 +56,8 @@ pub struct Conditional {
     /// Attributes of the key: an item that is there has them.
     key_names: Vec<String>,
     budget: Arc<Budget>,
+    /// The right to write in the epoch at all.
+    term: Option<Arc<Term>>,
 }
 
 impl Conditional {
@@ -65,6 +68,16 @@ impl Conditional {
             table: table.to_owned(),
             key_names,
             budget,
+            term: None,
+        }
+    }
+
+    /// The same, whose writes leave only while `term` is good as well.
+    #[must_use]
+    pub fn within_term(self, term: Arc<Term>) -> Self {
+        Self {
+            term: Some(term),
+            ..self
         }
     }
 
@@ -156,6 +169,7 @@ impl Conditional {
             () = stop.cancelled() => return Put::Stopped,
             () = self.budget.spend(write_units(item_bytes(item))) => {}
         }
+        let bound = &within_term(bound, self.term.as_ref());
         let remaining = bound.remaining();
         if remaining <= BOUND_MARGIN {
             return Put::Stopped;

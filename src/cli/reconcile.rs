@@ -323,18 +323,23 @@ impl Ground<'_> {
                 None => config.units_per_second(table),
             };
             let budget = Arc::new(Budget::new(units));
+            let term = &self.term;
             let (client, name) = (&self.target.tables, table.name_in(&self.target.label));
             Repairs {
-                writer: Arc::new(Writer::new(
-                    client.clone(),
-                    name,
-                    &table.name,
-                    Arc::clone(&budget),
-                    config.dead_letters.max_attempts,
-                    pair.key.clone(),
-                )),
+                writer: Arc::new(
+                    Writer::new(
+                        client.clone(),
+                        name,
+                        &table.name,
+                        Arc::clone(&budget),
+                        config.dead_letters.max_attempts,
+                        pair.key.clone(),
+                    )
+                    .within_term(Arc::clone(term)),
+                ),
                 heard_by: None,
-                conditional: Conditional::new(client.clone(), name, key_names.clone(), budget),
+                conditional: Conditional::new(client.clone(), name, key_names.clone(), budget)
+                    .within_term(Arc::clone(term)),
                 max_deletes: self
                     .asked
                     .max_deletes

@@ -10,6 +10,7 @@
 //! replaced, and the letter brings back what is gone. The command says so before it does anything.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -27,7 +28,7 @@ use crate::dead_letter::{Inbox, Receipt, Store, Waiting};
 use crate::dynamo::clock::uptime;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::json::item_from_json;
-use crate::dynamo::transmit::Bound;
+use crate::dynamo::transmit::{Bound, within};
 use crate::dynamo::value::{Item, same_item};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
@@ -40,6 +41,8 @@ const HIDDEN: Duration = Duration::from_secs(15 * 60);
 /// Letters are left alone this long before they show again: longer than the three calls that bring
 /// one home may take.
 const MARGIN: Duration = Duration::from_secs(60);
+/// Longest wait for an answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Letters held at once: all that there are must be, or their order is not known.
 const LETTERS_MAX: usize = 5_000;
 /// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
@@ -248,7 +251,12 @@ impl FromImages<'_> {
             Err("it took longer than letters can be held: ask again".to_owned())
         } else if self.stop.is_cancelled() {
             Err("it was asked to stop".to_owned())
-        } else if self.hold.remaining().is_zero() {
+        } else if self
+            .hold
+            .remaining()
+            .min(self.ground.term.remaining())
+            .is_zero()
+        {
             Err(LOST.to_owned())
         } else {
             Ok(())
@@ -332,8 +340,23 @@ impl FromImages<'_> {
             .map_err(|error| classify(Operation::ReadReplica, &error))
     }
 
-    /// Writes what the record wrote, on condition that the replica holds what it replaced.
+    /// Writes what the record wrote, on condition that the replica holds what it replaced, while the epoch
+    /// lasts.
     async fn write(&self, letter: &Letter) -> Result<(), Fault> {
+        let term: Arc<dyn Bound> = Arc::clone(self.ground.term) as _;
+        let timeout = term.remaining().min(WRITE_TIMEOUT);
+        let (answer, _) = within(term, timeout, self.send(letter)).await;
+        answer.unwrap_or_else(|| {
+            Err(Fault::own(
+                Operation::Write,
+                Class::Network,
+                "no answer in time",
+                "the replica did not answer within the timeout or the epoch",
+            ))
+        })
+    }
+
+    async fn send(&self, letter: &Letter) -> Result<(), Fault> {
         let client = &self.ground.target.tables;
         let table = self.replica(&letter.table);
         let condition = Condition::of(&letter.keys, letter.images.old.as_ref());

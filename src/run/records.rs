@@ -1,0 +1,235 @@
+//! The control records of all regions, read again and again: the worker's own state table often, the
+//! others best effort. What was seen once is never forgotten: a region that falls silent takes no epoch
+//! back.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use tokio::task::JoinSet;
+
+use crate::backoff::Backoff;
+use crate::config::Config;
+use crate::dynamo::Regions;
+use crate::dynamo::clock::{host_ms, rfc3339, uptime};
+use crate::error::{Class, Fault, Operation};
+use crate::lease::control::{Flow, Heed, conflict_copy, copy_for, heed, newest, part};
+use crate::lease::row::ControlRow;
+use crate::lease::table::{StateTable, Written};
+use crate::lease::term::Term;
+use crate::observe::health::{Health, Scope};
+
+/// What health knows the reading of the own record by.
+const PART: &str = "control";
+/// Longest time between two readings of the own record: a failover waits for living workers so long.
+const OWN_EVERY_MAX: Duration = Duration::from_millis(500);
+/// Longest wait for the record of another region.
+const OTHER_TIMEOUT_MAX: Duration = Duration::from_secs(3);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The control records of a group, as the process in one region sees them.
+pub struct Records {
+    group: String,
+    here: String,
+    lease: Duration,
+    own: StateTable,
+    others: Vec<(String, StateTable)>,
+    seen: Mutex<BTreeMap<String, ControlRow>>,
+}
+
+impl Records {
+    /// Those of the group of `config`, for a process in `here`. Nothing is read yet.
+    pub fn new(config: &Config, here: &str, regions: &Regions) -> Option<Arc<Self>> {
+        let lease = config.leases.duration;
+        let name = config.state_table();
+        // One that does not answer must not make the next look late.
+        let patience = (lease / 2).min(OTHER_TIMEOUT_MAX);
+        let table = |region: &crate::dynamo::RegionClients| {
+            StateTable::new(region.tables_within(patience), name.clone())
+        };
+        Some(Arc::new(Self {
+            group: config.group.clone(),
+            here: here.to_owned(),
+            lease,
+            own: table(regions.get(here)?),
+            others: regions
+                .iter()
+                .filter(|region| region.label != here)
+                .map(|region| (region.label.clone(), table(region)))
+                .collect(),
+            seen: Mutex::default(),
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, ControlRow>> {
+        // No holder leaves it half changed.
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every record that was seen, the latest of each region.
+    pub fn seen(&self) -> Vec<ControlRow> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// The record of the own state table, as last seen.
+    pub fn own(&self) -> Option<ControlRow> {
+        self.lock().get(&self.here).cloned()
+    }
+
+    /// The record of `region` said this. An older epoch than was seen there takes nothing back.
+    pub fn note(&self, region: &str, record: ControlRow) {
+        if record.group != self.group {
+            return;
+        }
+        let mut seen = self.lock();
+        let known = seen.get(region);
+        let is_old = known.is_some_and(|known| known.epoch > record.epoch);
+        if !is_old {
+            seen.insert(region.to_owned(), record);
+        }
+    }
+
+    /// Reads the own record.
+    ///
+    /// # Errors
+    /// The fault of the call.
+    pub async fn read_own(&self) -> Result<(), Fault> {
+        match self.own.control().await {
+            Ok(record) => {
+                if let Some(record) = record {
+                    self.note(&self.here, record);
+                }
+                Ok(())
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Reads the records of the other regions; of those that do not answer nothing is learnt.
+    pub async fn read_others(&self) {
+        let asked = self.others.iter().map(async |(label, table)| {
+            if let Ok(Some(record)) = table.control().await {
+                self.note(label, record);
+            }
+        });
+        join_all(asked).await;
+    }
+
+    /// How long to wait between two readings of the own record.
+    pub fn own_every(&self) -> Duration {
+        (self.lease / 10).min(OWN_EVERY_MAX)
+    }
+
+    /// How long to wait between two readings of the others.
+    pub fn others_every(&self) -> Duration {
+        self.lease / 2
+    }
+
+    /// Makes the own state table say what `why` says, before that is acknowledged: whoever starts anew here
+    /// must not go on with an epoch that is over, whatever other regions answer then.
+    ///
+    /// # Errors
+    /// The fault of the call.
+    pub async fn adopt(&self, why: &Heed) -> Result<(), Fault> {
+        // Twice: somebody else of this region may adopt it at the same moment.
+        for _ in 0..2 {
+            let own = match self.own.control().await {
+                // A region without a state table has nothing that could go on.
+                Err(fault) if fault.class == Class::NotFound => return Ok(()),
+                own => own?,
+            };
+            let seen = self.seen();
+            let copy = match why {
+                Heed::GoOn => None,
+                Heed::Conflict { epoch, actives } => {
+                    let at = rfc3339(host_ms());
+                    conflict_copy(&self.group, *epoch, actives, own.as_ref(), at)
+                }
+                Heed::Over { epoch, active } => newest(&seen, active, *epoch).and_then(|record| {
+                    let part = part(&self.here, (active, *epoch), own.as_ref(), &seen);
+                    copy_for(&self.here, part, record, own.as_ref())
+                }),
+            };
+            let Some(copy) = copy else { return Ok(()) };
+            if self.own.replace_control(&copy, own.as_ref()).await? == Written::Yes {
+                tracing::info!(
+                    epoch = copy.epoch,
+                    active = copy.active,
+                    state = copy.state,
+                    "the newer control record is copied into this region"
+                );
+                self.note(&self.here, copy);
+                return Ok(());
+            }
+        }
+        Err(Fault::own(
+            Operation::State,
+            Class::Condition,
+            "control record moved",
+            "somebody else writes the control record all the time",
+        ))
+    }
+
+    /// As [`adopt`](Self::adopt), however long it takes, until `stop`. Whether it was done.
+    pub async fn adopt_patiently(
+        &self,
+        why: &Heed,
+        stop: &tokio_util::sync::CancellationToken,
+    ) -> bool {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        while let Err(fault) = self.adopt(why).await {
+            tracing::warn!(
+                code = fault.code,
+                "the newer control record could not be copied into this region yet"
+            );
+            tokio::select! {
+                () = stop.cancelled() => return false,
+                () = tokio::time::sleep(backoff.pause()) => {}
+            }
+        }
+        true
+    }
+}
+
+/// Reads the records for as long as `flow` goes on, and ends `term` once it is over. Returns then.
+pub async fn watch_term(
+    records: Arc<Records>,
+    term: Arc<Term>,
+    (epoch, active): (u64, String),
+    health: Arc<Health>,
+) {
+    // Dropped with this function, and what it reads with it.
+    let mut others = JoinSet::new();
+    let mut asked: Option<Instant> = None;
+    loop {
+        let begun = uptime();
+        let read = records.read_own().await;
+        let flow = Flow {
+            epoch,
+            active: &active,
+        };
+        let why = heed(flow, &records.seen());
+        match read {
+            _ if why != Heed::GoOn => {
+                tracing::warn!(?why, epoch, "this epoch is over: nothing more is sent");
+                term.end(why);
+                return;
+            }
+            Ok(()) => {
+                health.succeeded(Scope::State, "", PART);
+                term.confirm(begun);
+            }
+            Err(fault) => health.failed(Scope::State, "", PART, &fault),
+        }
+        while others.try_join_next().is_some() {}
+        let is_due = asked.is_none_or(|asked| asked.elapsed() >= records.others_every());
+        if is_due && others.is_empty() {
+            asked = Some(Instant::now());
+            let records = Arc::clone(&records);
+            others.spawn(async move { records.read_others().await });
+        }
+        tokio::time::sleep(records.own_every()).await;
+    }
+}
