@@ -322,6 +322,7 @@ async fn keep_term(shared: Arc<Shared>, records: Arc<Records>) {
             Arc::clone(&shared.term),
             (shared.epoch, shared.source.label.clone()),
             Arc::clone(&shared.health),
+            Arc::clone(&shared.target.clock),
         ));
         task.join_next().await;
         if !shared.is_in_epoch() {

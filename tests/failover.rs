@@ -147,3 +147,465 @@ async fn a_third_region_follows_the_new_active_one() {
     );
     assert!(b.stop().await.success() && c.stop().await.success());
 }
+
+/// `failover --to … --apply --json` and what it answers.
+async fn fail_over(
+    config: &std::path::Path,
+    more: &[&str],
+) -> (Option<i32>, serde_json::Value, String) {
+    let mut arguments = vec!["failover", "--apply", "--json", "--reason", "a test"];
+    arguments.extend(more);
+    let (code, answer, said) = command(config, &arguments).await;
+    let answer = serde_json::from_str(&answer).unwrap_or(serde_json::Value::Null);
+    (code, answer, said)
+}
+
+/// Rows of old epochs, none of which anybody can take or renew any more.
+async fn assert_fenced(group: &Group, region: usize, epoch: u64) {
+    for row in group.rows_of(region, "shard").await {
+        if row["epoch"] != n(epoch) {
+            assert_eq!(row.get("fenced"), Some(&n(epoch)), "{row:?}");
+            assert!(!row.contains_key("leaseOwner"), "{row:?}");
+        }
+    }
+}
+
+/// With living workers the fence is complete within two seconds, nothing is in flight, the old region is
+/// told, and its worker keeps its hands off.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_with_living_workers_is_fenced_within_two_seconds() {
+    let mut group = Group::new(4, 2).await;
+    // With the default lease nothing but acknowledgement can be so fast.
+    group.lease = "10s";
+    group.provision(&[A, B]);
+    let (a, b) = (group.worker(A).await, group.worker(B).await);
+    let second = Worker::start(&group.config(B, ""));
+    for id in 0..40 {
+        group.put(A, &format!("k{id}"), id).await;
+    }
+    group.converge(A, B, 40).await;
+    let beating = async || group.rows_of(B, "worker").await.len() == 2;
+    eventually("both work", PATIENCE, beating).await;
+    let config = group.config(B, "");
+    let (code, answer, said) = fail_over(&config, &["--to", LABELS[B]]).await;
+    assert_eq!(code, Some(0), "{answer:#}\n{said}");
+    let fence = answer["fenceSeconds"].as_f64().unwrap();
+    println!("fence with two living workers: {fence} s");
+    assert!(fence < 2.0, "{answer:#}");
+    assert_eq!(answer["inFlight"], serde_json::json!([]), "{answer:#}");
+    assert_fenced(&group, B, 2).await;
+    until_ready(&b, |body| body.contains("\"standby\":\"us-west-2\"")).await;
+    until_ready(&second, |body| body.contains("\"standby\":\"us-west-2\"")).await;
+    until_ready(&a, |body| body.contains("\"quarantined\"")).await;
+    let told = group.told(A).await;
+    assert_eq!(
+        told,
+        Some((2, LABELS[B].to_owned(), "quarantined".to_owned()))
+    );
+    let (code, _, said) = fail_over(&config, &["--to", LABELS[B]]).await;
+    assert_eq!(code, Some(2), "{said}");
+    assert!(
+        said.contains("us-west-2 is the active region already"),
+        "{said}"
+    );
+    for worker in [a, b, second] {
+        assert!(worker.stop().await.success());
+    }
+}
+
+/// With a dead worker, and the old region gone without an answer, it takes a lease and not three seconds
+/// more; what may have been in flight is named.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_with_a_dead_worker_takes_a_lease_and_less_than_three_seconds() {
+    let mut group = Group::new(5, 2).await;
+    group.lease = "3s";
+    group.provision(&[B]);
+    let worker = group.worker(B).await;
+    group.put(A, "k", 1).await;
+    group.converge(A, B, 1).await;
+    worker.kill();
+    group.gateways[A]
+        .go_away(farshore::embedded::gateway::Outage::Silent)
+        .await;
+    let config = group.config(B, "");
+    let (code, plan, _) = command(&config, &["failover", "--to", LABELS[B]]).await;
+    assert_eq!(code, Some(1));
+    for told in [
+        "us-east-1: does not answer",
+        "does not stop the application",
+        "epoch 2",
+        "applied",
+    ] {
+        assert!(plan.contains(told), "{told} is not in:\n{plan}");
+    }
+    let (code, answer, said) = fail_over(&config, &["--to", LABELS[B]]).await;
+    assert_eq!(code, Some(1), "{answer:#}\n{said}");
+    let fence = answer["fenceSeconds"].as_f64().unwrap();
+    println!("fence with a dead worker and a lease of 3 s: {fence} s");
+    assert!((3.0..6.0).contains(&fence), "{answer:#}");
+    assert_eq!(answer["inFlight"][0]["table"], "orders", "{answer:#}");
+    assert_eq!(answer["untold"][0]["region"], LABELS[A], "{answer:#}");
+    assert_fenced(&group, B, 2).await;
+}
+
+/// Killed at any step, the same command goes on; the epoch is the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_killed_at_any_step_is_gone_on_with_by_the_same_command() {
+    let steps = [
+        "failover-begun",
+        "failover-rows",
+        "failover-complete",
+        "failover-told",
+    ];
+    let killed = steps.map(async |step| {
+        let group = Group::new(6, 2).await;
+        group.provision(&[B]);
+        let worker = group.worker(B).await;
+        group.put(A, "k", 1).await;
+        group.converge(A, B, 1).await;
+        let config = group.config(B, "");
+        let path = config.to_str().unwrap().to_owned();
+        let mut dying = common::binary::farshore(&[
+            "failover", "--to", LABELS[B], "--apply", "--config", &path,
+        ]);
+        dying.env("FARSHORE_TEST_CRASH", step);
+        let died = tokio::task::spawn_blocking(move || dying.output())
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(died.status.code(), None, "{step}: it was to die");
+        let (code, answer, said) = fail_over(&config, &["--to", LABELS[B]]).await;
+        assert_eq!(code, Some(0), "{step}: {answer:#}\n{said}");
+        assert_eq!(answer["epoch"], 2, "{step}");
+        assert_eq!(group.told(B).await.unwrap().2, "steady", "{step}");
+        assert_fenced(&group, B, 2).await;
+        assert!(worker.stop().await.success(), "{step}");
+    });
+    futures::future::join_all(killed).await;
+}
+
+/// Two operators who mean different regions at the same moment: at most one wins, or both are told, and
+/// nobody feeds anybody until a person has decided.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_failovers_to_different_regions_end_in_one_or_are_told() {
+    let group = Group::new(7, 3).await;
+    group.provision(&[B, C]);
+    let (b, c) = (group.worker(B).await, group.worker(C).await);
+    group.put(A, "k", 1).await;
+    group.converge(A, B, 1).await;
+    group.converge(A, C, 1).await;
+    let (one, two) = (group.config(B, ""), group.config(C, ""));
+    let (first, second) = (["--to", LABELS[B]], ["--to", LABELS[C]]);
+    let both = tokio::join!(fail_over(&one, &first), fail_over(&two, &second));
+    println!("{:?} {:?}", both.0.0, both.1.0);
+    let won = |code: Option<i32>| matches!(code, Some(0 | 1));
+    let told = [group.told(B).await.unwrap(), group.told(C).await.unwrap()];
+    let contradict = told[0].0 == told[1].0 && told[0].1 != told[1].1;
+    if contradict {
+        let said = format!("{}{}", both.0.2, both.1.2);
+        assert!(
+            said.contains("Epoch 2 names several active regions"),
+            "{said}"
+        );
+        assert!(!won(both.0.0) || !won(both.1.0), "{both:?}");
+        for worker in [&b, &c] {
+            until_ready(worker, |body| body.contains("\"no-role\"")).await;
+        }
+        let (code, _, said) = fail_over(&one, &["--to", LABELS[B]]).await;
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains("--accept-loss conflict"), "{said}");
+        let settle = ["--to", LABELS[B], "--accept-loss", "conflict"];
+        let (_, answer, said) = fail_over(&one, &settle).await;
+        assert_eq!(answer["epoch"], 3, "{answer:#}\n{said}");
+        until_ready(&c, |body| body.contains("\"quarantined\"")).await;
+        until_ready(&b, |body| body.contains("\"standby\":\"us-west-2\"")).await;
+    } else {
+        assert!(won(both.0.0) != won(both.1.0), "{both:?}");
+    }
+    assert!(b.stop().await.success() && c.stop().await.success());
+}
+
+/// What cannot be is said in plain words, and nothing is changed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_failed_over_to_is_said_plainly() {
+    let mut group = Group::new(8, 3).await;
+    group.provision(&[B]);
+    let config = group.config(B, "");
+    let refused = async |arguments: &[&str], told: &[&str]| {
+        let (code, _, said) = fail_over(&config, arguments).await;
+        assert_eq!(code, Some(2), "{arguments:?}: {said}");
+        for text in told {
+            assert!(
+                said.contains(text),
+                "{arguments:?}: {text} is not in {said}"
+            );
+        }
+    };
+    refused(
+        &["--to", "us-west-9"],
+        &["Region us-west-9 is not known", "us-west-2"],
+    )
+    .await;
+    refused(
+        &["--to", LABELS[A]],
+        &["There is no state table farshore-g in us-east-1"],
+    )
+    .await;
+    refused(
+        &["--to", LABELS[C]],
+        &["There is no state table farshore-g in eu-west-1"],
+    )
+    .await;
+    // Nobody has followed it yet.
+    refused(
+        &["--to", LABELS[B]],
+        &[
+            "not fit to become active",
+            "--accept-loss orders:not-followed",
+        ],
+    )
+    .await;
+    refused(
+        &["--to", LABELS[B], "--accept-loss", "orders:gap-trimed"],
+        &["There is no loss `orders:gap-trimed` to accept"],
+    )
+    .await;
+    group.provision(&[A]);
+    refused(
+        &["--to", LABELS[A]],
+        &["us-east-1 is the active region already"],
+    )
+    .await;
+    assert_eq!(group.told(B).await.unwrap().0, 1);
+    group.gateways[B]
+        .go_away(farshore::embedded::gateway::Outage::Refused)
+        .await;
+    refused(&["--to", LABELS[B]], &["could not be read", "us-west-2"]).await;
+}
+
+/// An application that heeds the control record: it writes where that says, waits while it says `closing`,
+/// and notes every write that was acknowledged.
+struct Application {
+    task: tokio::task::JoinHandle<Noted>,
+    stop: tokio_util::sync::CancellationToken,
+}
+
+#[derive(Default)]
+struct Noted {
+    /// The last value acknowledged of each key.
+    last: std::collections::BTreeMap<String, u64>,
+    written: [u64; 2],
+    /// Longest time between two acknowledged writes.
+    waited: Duration,
+}
+
+impl Application {
+    fn start(group: &Group, every: Duration) -> Self {
+        let stop = tokio_util::sync::CancellationToken::new();
+        let stopped = stop.clone();
+        let clients = group.clients.clone();
+        let state_table = group.state_table();
+        let task = tokio::spawn(async move {
+            let mut noted = Noted::default();
+            let mut place = Some(A);
+            let mut looked = Instant::now();
+            let mut last = Instant::now();
+            let mut ticks = tokio::time::interval(every);
+            let mut v = 0u64;
+            while !stopped.is_cancelled() {
+                ticks.tick().await;
+                if looked.elapsed() > Duration::from_millis(100) || place.is_none() {
+                    looked = Instant::now();
+                    let rows = common::stand::state_rows(&clients[B], &state_table).await;
+                    let control = rows
+                        .iter()
+                        .find(|row| row["entityType"] == s("control"))
+                        .unwrap();
+                    place = match (
+                        control["active"].as_s().unwrap(),
+                        control["state"].as_s().unwrap(),
+                    ) {
+                        (_, state) if state == "closing" || state == "fencing" => None,
+                        (active, _) if active == LABELS[A] => Some(A),
+                        _ => Some(B),
+                    };
+                }
+                let Some(place) = place else { continue };
+                v += 1;
+                let id = format!("k{}", v % 97);
+                common::stand::put(&clients[place], failover_support::TABLE, &id, v).await;
+                noted.waited = noted.waited.max(last.elapsed());
+                last = Instant::now();
+                noted.written[place] += 1;
+                noted.last.insert(id, v);
+            }
+            noted
+        });
+        Self { task, stop }
+    }
+
+    async fn stop(self) -> Noted {
+        self.stop.cancel();
+        self.task.await.unwrap()
+    }
+}
+
+/// A planned switchover under load loses nothing, and says how long writes had to wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_planned_switchover_under_load_loses_nothing_and_says_how_long_writes_waited() {
+    let mut group = Group::new(9, 2).await;
+    group.lease = "3s";
+    group.provision(&[B]);
+    let worker = group.worker(B).await;
+    let application = Application::start(&group, Duration::from_millis(2));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let config = group.config(B, "");
+    let (code, answer, said) = fail_over(
+        &config,
+        &["--to", LABELS[B], "--planned", "--within", "60s"],
+    )
+    .await;
+    assert_eq!(code, Some(0), "{answer:#}\n{said}");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let noted = application.stop().await;
+    let told = answer["writesWaitedSeconds"].as_f64().unwrap();
+    println!(
+        "{:?} writes; told {told} s, the application saw {:?}",
+        noted.written, noted.waited
+    );
+    assert!(
+        noted.written[A] > 100 && noted.written[B] > 10,
+        "{:?}",
+        noted.written
+    );
+    assert_eq!(answer["leftBehind"], 0, "{answer:#}");
+    assert_eq!(answer["inFlight"], serde_json::json!([]));
+    for (id, v) in &noted.last {
+        assert_eq!(group.value(B, id).await, Some(v.to_string()), "{id}");
+    }
+    assert!((told - noted.waited.as_secs_f64()).abs() < 2.0, "{told}");
+    assert!(worker.stop().await.success());
+}
+
+/// An application that does not wait makes a planned switchover give up, and nothing has changed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_planned_switchover_that_is_never_quiet_is_given_up() {
+    let group = Group::new(10, 2).await;
+    group.provision(&[B]);
+    let worker = group.worker(B).await;
+    let client = group.clients[A].clone();
+    let writing = tokio::spawn(async move {
+        for v in 0u64.. {
+            common::stand::put(&client, failover_support::TABLE, "k", v).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let config = group.config(B, "");
+    let (code, answer, said) =
+        fail_over(&config, &["--to", LABELS[B], "--planned", "--within", "3s"]).await;
+    assert_eq!(code, Some(1), "{answer:#}\n{said}");
+    assert!(
+        answer["givenUp"]
+            .as_str()
+            .unwrap()
+            .contains("stop the application"),
+        "{answer:#}"
+    );
+    let steady = (1, LABELS[A].to_owned(), "steady".to_owned());
+    assert_eq!(group.told(B).await, Some(steady.clone()));
+    // One that is killed while writes wait does not make them wait for ever.
+    let path = config.to_str().unwrap().to_owned();
+    let mut dying = common::binary::farshore(&[
+        "failover",
+        "--to",
+        LABELS[B],
+        "--planned",
+        "--within",
+        "1s",
+        "--apply",
+        "--config",
+        &path,
+    ]);
+    dying.env("FARSHORE_TEST_CRASH", "failover-closed");
+    let died = tokio::task::spawn_blocking(move || dying.output())
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(died.status.code(), None);
+    assert_eq!(group.told(B).await.unwrap().2, "closing");
+    let reopened = async || group.told(B).await == Some(steady.clone());
+    eventually("writes need not wait any more", PATIENCE, reopened).await;
+    writing.abort();
+    group.converge(A, B, 1).await;
+    assert!(worker.stop().await.success());
+}
+
+/// The form of an answer: every path in it, with the kind of its value.
+fn shape(value: &serde_json::Value, path: &str, lines: &mut std::collections::BTreeSet<String>) {
+    use serde_json::Value;
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                shape(value, &format!("{path}.{name}"), lines);
+            }
+        }
+        Value::Array(values) => {
+            lines.insert(format!("{path}[]"));
+            for value in values {
+                shape(value, &format!("{path}[]"), lines);
+            }
+        }
+        other => {
+            let kind = match other {
+                Value::Null => "null",
+                Value::Bool(_) => "bool",
+                Value::Number(_) => "number",
+                _ => "string",
+            };
+            lines.insert(format!("{path} {kind}"));
+        }
+    }
+}
+
+/// The JSON of plan and report is a contract: docs/FAILOVER.md says what each field means.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_answers_of_failover_have_the_documented_form() {
+    let mut group = Group::new(11, 2).await;
+    group.provision(&[B]);
+    let worker = group.worker(B).await;
+    group.put(A, "k", 1).await;
+    group.converge(A, B, 1).await;
+    let stored = async || {
+        let rows = group.rows_of(B, "shard").await;
+        rows.iter().all(|row| row.contains_key("watermark"))
+    };
+    eventually("how far it came is stored", PATIENCE, stored).await;
+    worker.kill();
+    group.gateways[A]
+        .go_away(farshore::embedded::gateway::Outage::Refused)
+        .await;
+    let config = group.config(B, "");
+    let (_, plan, _) = command(&config, &["failover", "--to", LABELS[B], "--json"]).await;
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    let (_, report, _) = fail_over(&config, &["--to", LABELS[B]]).await;
+    let mut lines = std::collections::BTreeSet::new();
+    shape(&plan, "plan", &mut lines);
+    shape(&report, "report", &mut lines);
+    let now: Vec<String> = lines.into_iter().collect();
+    let known = include_str!("failover_support/answers.txt");
+    assert_eq!(now.join("\n"), known.trim_end());
+    let page = include_str!("../docs/FAILOVER.md");
+    for line in &now {
+        let name = line
+            .rsplit('.')
+            .next()
+            .unwrap()
+            .split([' ', '['])
+            .next()
+            .unwrap();
+        assert!(
+            page.contains(&format!("`{name}`")),
+            "docs/FAILOVER.md lacks `{name}`"
+        );
+    }
+}

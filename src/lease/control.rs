@@ -252,6 +252,7 @@ pub fn copy_for(
     copy.steps.clear();
     copy.actions.clear();
     copy.running = None;
+    copy.closing_until = None;
     Some(copy)
 }
 

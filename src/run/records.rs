@@ -12,10 +12,10 @@ use tokio::task::JoinSet;
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::dynamo::Regions;
-use crate::dynamo::clock::{host_ms, rfc3339, uptime};
+use crate::dynamo::clock::{ServiceClock, host_ms, rfc3339, uptime};
 use crate::error::{Class, Fault, Operation};
 use crate::lease::control::{Flow, Heed, conflict_copy, copy_for, heed, newest, part};
-use crate::lease::row::ControlRow;
+use crate::lease::row::{ControlRow, state};
 use crate::lease::table::{StateTable, Written};
 use crate::lease::term::Term;
 use crate::observe::health::{Health, Scope};
@@ -117,6 +117,20 @@ impl Records {
         join_all(asked).await;
     }
 
+    /// Ends the wait of a planned switchover that died, once its time is over at `now_ms`: its record would
+    /// ask writes to wait for ever. Somebody else may do it at the same moment, and that is as good.
+    pub async fn reopen_if_due(&self, now_ms: i64) {
+        let Some(own) = self.own() else { return };
+        let due = own.state == state::CLOSING && own.closing_until.is_some_and(|at| at < now_ms);
+        if due && let Ok(Written::Yes) = self.own.replace_control(&own.reopened(), Some(&own)).await
+        {
+            tracing::warn!(
+                by = own.by,
+                "a planned switchover did not come to its end; writes need not wait any more"
+            );
+        }
+    }
+
     /// How long to wait between two readings of the own record.
     pub fn own_every(&self) -> Duration {
         (self.lease / 10).min(OWN_EVERY_MAX)
@@ -199,6 +213,7 @@ pub async fn watch_term(
     term: Arc<Term>,
     (epoch, active): (u64, String),
     health: Arc<Health>,
+    clock: Arc<ServiceClock>,
 ) {
     // Dropped with this function, and what it reads with it.
     let mut others = JoinSet::new();
@@ -220,6 +235,7 @@ pub async fn watch_term(
             Ok(()) => {
                 health.succeeded(Scope::State, "", PART);
                 term.confirm(begun);
+                records.reopen_if_due(clock.now_ms()).await;
             }
             Err(fault) => health.failed(Scope::State, "", PART, &fault),
         }

@@ -105,6 +105,10 @@ pub struct ControlRow {
     /// What is done of a failover to this epoch, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<StepDone>,
+    /// While it says [`state::CLOSING`]: until when, by the clock of the region of the state table, in
+    /// milliseconds. What has not changed it by then is dead, and it counts as [`state::STEADY`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closing_until: Option<i64>,
     /// Names of the actions that are done.
     #[serde(
         default,
@@ -137,6 +141,7 @@ impl ControlRow {
             quarantined: Vec::new(),
             rivals: Vec::new(),
             steps: Vec::new(),
+            closing_until: None,
             actions: Vec::new(),
             running: None,
         }
@@ -146,6 +151,17 @@ impl ControlRow {
     pub fn done_ms(&self, step: &str) -> Option<i64> {
         let mut steps = self.steps.iter();
         steps.find(|done| done.step == step).map(|done| done.at_ms)
+    }
+
+    /// The same, steady again: the planned switchover that asked writes to wait was given up.
+    #[must_use]
+    pub fn reopened(&self) -> Self {
+        let mut row = self.clone();
+        state::STEADY.clone_into(&mut row.state);
+        row.closing_until = None;
+        row.steps.clear();
+        row.lease_counter += 1;
+        row
     }
 
     /// Takes note that `step` is done. Once noted it stays so.
