@@ -26,6 +26,8 @@ pub enum Mutation {
     Term,
     /// A region that was active is fed like any other.
     Quarantine,
+    /// Nobody looks for writes of an old epoch that take effect late.
+    Late,
 }
 
 impl Mutation {
@@ -41,6 +43,7 @@ impl Mutation {
             Mutation::Epoch => "epoch",
             Mutation::Term => "term",
             Mutation::Quarantine => "quarantine",
+            Mutation::Late => "late",
         }
     }
 }

@@ -14,6 +14,9 @@ use crate::jobs::failover::{Ended, Failover, Survey, Watcher, survey, unaccepted
 /// How long a planned switchover may take unless it is said otherwise.
 const WITHIN: &str = "5m";
 
+/// The loss of not having looked for late writes.
+const LATE_WRITES: &str = "late-writes";
+
 /// Arguments of `failover`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -59,7 +62,10 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         said: String::new(),
     };
     let by = super::tap::who();
-    let source = regions.get(&survey.active).filter(|_| args.planned);
+    let before = survey.own.as_ref().filter(|_| survey.is_under_way());
+    let before = before.and_then(|own| own.previous.as_ref());
+    let before = before.map_or(&survey.active, |previous| &previous.active);
+    let source = regions.get(before);
     let switch = async {
         let known = match args.planned && !survey.is_under_way() {
             true => {
@@ -72,6 +78,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         let config = &loaded.config;
         let failover = Failover::begin(config, &survey, &by, &reason, known, source, &stop);
         let mut failover = failover.await?;
+        failover.accepts_unwatched = args.accept_loss.iter().any(|name| name == LATE_WRITES);
         failover.run(&mut line).await
     };
     let switched = switch.await;
@@ -97,7 +104,8 @@ fn refuse_unknown_losses(survey: &Survey, args: &Args) -> Result<(), Failure> {
         return Ok(());
     }
     let losses = survey.all_losses();
-    let is_known = |name: &&String| losses.iter().any(|(known, _)| known == *name);
+    let is_known =
+        |name: &&String| *name == LATE_WRITES || losses.iter().any(|(known, _)| known == *name);
     let Some(unknown) = args.accept_loss.iter().find(|name| !is_known(name)) else {
         return Ok(());
     };
@@ -149,5 +157,9 @@ impl Watcher for Progress {
             tracing::info!("{what}");
             self.line.say(what.to_owned());
         }
+    }
+
+    fn reached(&mut self, what: &str) {
+        self.line.above(what);
     }
 }

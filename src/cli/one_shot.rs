@@ -380,6 +380,11 @@ impl Line {
     pub(super) fn say(&self, message: String) {
         self.0.set_message(message);
     }
+
+    /// A line on stderr that stays, terminal or not.
+    pub(super) fn above(&self, message: &str) {
+        self.0.suspend(|| eprintln!("{message}"));
+    }
 }
 
 impl Drop for Line {

@@ -50,6 +50,7 @@ fn steps(survey: &Survey, args: &Args) -> Vec<String> {
     steps.push(format!(
         "copy the record to the other regions that answer; {from} is in quarantine from then on"
     ));
+    steps.push("if anything was in flight: watch the new active region for writes of the old epoch that take effect late, and undo them".to_owned());
     steps
 }
 
@@ -210,6 +211,11 @@ fn table_json(table: &TableSeen, survey: &Survey) -> Value {
     })
 }
 
+fn subjects(of: &[(String, String)]) -> Vec<Value> {
+    let one = |(subject, why): &(String, String)| json!({"subject": subject, "why": why});
+    of.iter().map(one).collect()
+}
+
 /// Seconds between two steps.
 fn seconds(report: &Report, from: &str, to: &str) -> Option<f64> {
     let ms = report.record.done_ms(to)? - report.record.done_ms(from)?;
@@ -223,8 +229,11 @@ fn waited_s(report: &Report) -> Option<f64> {
 
 /// Shows what was done.
 pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit, Failure> {
+    let late = &report.late;
     let remains = !report.in_flight.is_empty()
-        || report.doubts > 0
+        || !late.standing.is_empty()
+        || !late.unwatched.is_empty()
+        || !late.unknown.is_empty()
         || !matches!(report.left_behind, None | Some(Ok(0)));
     let exit = match remains {
         true => Exit::Remains,
@@ -257,6 +266,15 @@ pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit
                 "owner": one.owner,
             })).collect::<Vec<_>>(),
             "doubts": report.doubts,
+            "late": {
+                "keys": late.keys,
+                "arrived": late.arrived,
+                "undone": late.undone,
+                "overwritten": late.overwritten,
+                "standing": subjects(&late.standing),
+                "unwatched": subjects(&late.unwatched),
+                "unknown": subjects(&late.unknown),
+            },
             "leftBehind": match &report.left_behind {
                 Some(Ok(left)) => json!(left),
                 _ => Value::Null,
@@ -285,8 +303,22 @@ pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit
     }
     if report.doubts > 0 {
         lines.push(format!(
-            "  ! {} range(s) of the old epoch were in doubt",
+            "  = {} range(s) of the old epoch were in doubt",
             report.doubts
+        ));
+    }
+    if late.keys > 0 {
+        lines.push(format!(
+            "  = of {} key(s) in flight {} came late and were left, {} were late and undone, {} late but written since",
+            late.keys, late.arrived, late.undone, late.overwritten
+        ));
+    }
+    for (subject, why) in late.standing.iter().chain(&late.unknown) {
+        lines.push(format!("  ! {subject}: a late write may stand: {why}"));
+    }
+    for (table, why) in &late.unwatched {
+        lines.push(format!(
+            "  ! {table}: late writes could not be looked for: {why}; type the same command again once that has passed, or go without with --accept-loss late-writes"
         ));
     }
     match &report.left_behind {

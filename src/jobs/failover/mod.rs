@@ -3,17 +3,18 @@
 //! ```text
 //!   planned: caught up ─▶ closing (writes should wait) ─▶ quiet, all applied ┐
 //!                          │ not within the time: steady again               ▼
-//!   ────────────────────────────────────────────▶ record of epoch n + 1: fencing ─▶ fenced ─▶ told ─▶ steady
+//!   ──────────────────────────────▶ record of epoch n + 1: fencing ─▶ fenced ─▶ told ─▶ watched ─▶ steady
 //! ```
 //!
 //! Every step is stored in the control record once it is done, on condition of its epoch and counter; the
 //! same command goes on where one that was killed left off, and two at once do the same work. Until the
 //! switch is complete only the target is written to, and nothing but it has to answer.
 //!
-//! [`fence`] (pure) says when nothing of the old epoch can be sent any more, [`survey()`] what is known
+//! [`late`] undoes what was in flight and took effect late. [`fence`] (pure) says when nothing of the old epoch can be sent any more, [`survey()`] what is known
 //! beforehand.
 
 pub mod fence;
+pub mod late;
 pub mod planned;
 mod survey;
 
@@ -34,6 +35,7 @@ use crate::lease::row::{ControlRow, ShardRow, state};
 use crate::lease::table::{StateTable, Written};
 use crate::mutation::crash;
 use fence::{Next, Writers};
+use late::Found;
 use survey::failed;
 
 /// Steps as the record names them.
@@ -48,6 +50,8 @@ pub mod step {
     pub const FENCED: &str = "fenced";
     /// The other regions were told, as far as they answered.
     pub const TOLD: &str = "told";
+    /// No write of the old epoch can take effect late any more, and those that did are undone.
+    pub const WATCHED: &str = "watched";
     /// All is done.
     pub const STEADY: &str = "steady";
 }
@@ -78,6 +82,8 @@ pub enum Ended {
 pub trait Watcher {
     /// `what` is under way.
     fn under_way(&mut self, what: &str);
+    /// `what` is reached: somebody may be waiting for it.
+    fn reached(&mut self, what: &str);
 }
 
 /// What was in flight when the epoch ended: its writes may take effect late.
@@ -104,6 +110,8 @@ pub struct Failover<'a> {
     pub(super) stop: &'a CancellationToken,
     /// The region that was active, where it may be asked.
     source: Option<&'a RegionClients>,
+    /// Whether it is done although late writes could not be looked for.
+    pub accepts_unwatched: bool,
     /// When this process began to wait for the fence.
     since: Instant,
 }
@@ -115,8 +123,10 @@ pub struct Report {
     pub record: ControlRow,
     /// What was in flight when the epoch ended.
     pub in_flight: Vec<InFlight>,
-    /// Ranges of the old epoch in doubt.
+    /// Ranges of the old epoch in doubt when it ended.
     pub doubts: usize,
+    /// What was found of late writes.
+    pub late: Found,
     /// Regions that could not be told, with why.
     pub untold: Vec<(String, String)>,
     /// Of a planned switchover: how many writes came after everything was seen to be applied, and are
@@ -150,6 +160,7 @@ impl<'a> Failover<'a> {
                 .unwrap_or_else(|| ControlRow::first(&config.group, &survey.to, by, String::new())),
             stop,
             source,
+            accepts_unwatched: false,
             since: Instant::now(),
         };
         if survey.is_under_way() {
@@ -273,6 +284,11 @@ impl<'a> Failover<'a> {
         if let Some(rivals) = rivals {
             return Err(Ended::Overtaken(contradicted(epoch, &rivals)));
         }
+        watcher.reached(&format!(
+            "{} is active in epoch {epoch}: nothing of epoch {} can be sent any more",
+            survey.to,
+            epoch - 1
+        ));
         let untold = self.tell(watcher).await?;
         // Once more: the other one may have begun a moment after the first look.
         if let Some(rivals) = conflict(survey, epoch).await {
@@ -287,20 +303,60 @@ impl<'a> Failover<'a> {
                 Some(left.map_err(|fault| fault.to_string()))
             }
         };
-        let now_ms = self.now_ms();
-        self.store(|row| {
-            state::STEADY.clone_into(&mut row.state);
-            row.note(step::STEADY, now_ms, "");
-        })
-        .await?;
-        self.tidy(&writers).await;
+        let late = self.watch(&writers, watcher).await?;
         Ok(Report {
             record: self.record.clone(),
             in_flight: in_flight(&writers),
             doubts: writers.doubts.len(),
+            late,
             untold,
             left_behind,
         })
+    }
+
+    /// Watches for late writes, if anything was in flight; then all is done, unless some of it could not be
+    /// watched.
+    async fn watch(
+        &mut self,
+        writers: &Writers,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Found, Ended> {
+        let mut late = self.watch_late(writers, watcher).await?;
+        let jobs = writers.jobs.iter().filter(|row| row.lease_owner.is_some());
+        let jobs = jobs.map(|row| row.lease_key.clone());
+        let segments = writers.segments.iter();
+        let segments = segments.filter(|row| row.lease_owner.is_some());
+        let segments = segments.map(|row| row.lease_key.clone());
+        // Nobody knows which keys those had in hand. To watch longer would not help.
+        let unknown = jobs.chain(segments).map(|key| {
+            let why = "it was at work when the epoch ended; what it sent last is not known";
+            (key, why.to_owned())
+        });
+        late.unknown.extend(unknown);
+        if !late.unwatched.is_empty() && !self.accepts_unwatched {
+            return Ok(late);
+        }
+        crash("failover-watched");
+        for doubt in &writers.doubts {
+            self.patiently(async || self.state.delete(doubt).await)
+                .await?;
+        }
+        let note = match late.keys {
+            0 => "nothing was in flight".to_owned(),
+            keys => format!(
+                "{keys} key(s) were in flight: {} came late and were left, {} were undone",
+                late.arrived, late.undone
+            ),
+        };
+        let now_ms = self.now_ms();
+        self.store(|row| {
+            state::STEADY.clone_into(&mut row.state);
+            row.note(step::WATCHED, now_ms, note.clone());
+            row.note(step::STEADY, now_ms, "");
+        })
+        .await?;
+        self.tidy(writers).await;
+        Ok(late)
     }
 
     /// Whether everything was applied before the epoch changed.
