@@ -272,9 +272,9 @@ async fn feed_until(
             // Whatever is left of them sends nothing any more.
             tables.shutdown().await;
             repairs.shutdown().await;
-            if let Some(why) = &why
-                && records.adopt_patiently(why, stop).await
-            {
+            if records.adopt_patiently(stop).await {
+                // What is stored there now may be later still.
+                let epoch = records.own().map_or(epoch, |own| own.epoch.max(epoch));
                 member::acknowledge(&shared, epoch, stop).await;
             }
         }

@@ -62,10 +62,6 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         said: String::new(),
     };
     let by = super::tap::who();
-    let before = survey.own.as_ref().filter(|_| survey.is_under_way());
-    let before = before.and_then(|own| own.previous.as_ref());
-    let before = before.map_or(&survey.active, |previous| &previous.active);
-    let source = regions.get(before);
     let switch = async {
         let known = match args.planned && !survey.is_under_way() {
             true => {
@@ -76,7 +72,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
             false => survey.own.clone(),
         };
         let config = &loaded.config;
-        let failover = Failover::begin(config, &survey, &by, &reason, known, source, &stop);
+        let failover = Failover::begin(config, &survey, &by, &reason, known, &regions, &stop);
         let mut failover = failover.await?;
         failover.accepts_unwatched = args.accept_loss.iter().any(|name| name == LATE_WRITES);
         failover.run(&mut line).await

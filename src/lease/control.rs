@@ -18,7 +18,7 @@
 //! write, with no trace of it: in the quarantine it is still there to be captured. No look is late enough,
 //! so the way back never begins by itself.
 
-use super::row::{ControlRow, Previous, state};
+use super::row::{ControlRow, PAST_MAX, Previous, state};
 use crate::mutation::{self, Mutation};
 
 /// What a region's state table said.
@@ -77,7 +77,16 @@ pub fn decide<'a>(answers: impl IntoIterator<Item = &'a Answer>) -> Verdict {
             Answer::Unreachable => all_answered = false,
         }
     }
-    match highest(records.iter().copied()) {
+    match verdict(records.iter().copied()) {
+        Verdict::Unknown if all_answered => Verdict::FromFile,
+        verdict => verdict,
+    }
+}
+
+/// As [`decide`], of the records that were seen. Nobody else was asked.
+pub fn verdict<'a>(seen: impl IntoIterator<Item = &'a ControlRow, IntoIter: Clone>) -> Verdict {
+    match highest(seen.into_iter()) {
+        None => Verdict::Unknown,
         Some((epoch, actives)) => match actives.as_slice() {
             [active] => Verdict::Decided {
                 active: (*active).to_owned(),
@@ -88,8 +97,6 @@ pub fn decide<'a>(answers: impl IntoIterator<Item = &'a Answer>) -> Verdict {
                 actives: actives.into_iter().map(str::to_owned).collect(),
             },
         },
-        None if all_answered => Verdict::FromFile,
-        None => Verdict::Unknown,
     }
 }
 
@@ -278,6 +285,27 @@ pub fn conflict_copy(
     Some(copy)
 }
 
+/// What the state table of `here` is to say before anybody there acknowledges what was `seen`, in place of
+/// `own`; `None` where it says as much already. It goes by all that was seen by now, and not by what ended
+/// an epoch first: that may be over itself.
+pub fn adopted(
+    group: &str,
+    here: &str,
+    seen: &[ControlRow],
+    own: Option<&ControlRow>,
+    at: String,
+) -> Option<ControlRow> {
+    match verdict(seen) {
+        Verdict::Decided { active, epoch } => {
+            let record = newest(seen, &active, epoch)?;
+            let part = part(here, (&active, epoch), own, seen);
+            copy_for(here, part, record, own)
+        }
+        Verdict::Conflict { epoch, actives } => conflict_copy(group, epoch, &actives, own, at),
+        Verdict::FromFile | Verdict::Unknown => None,
+    }
+}
+
 /// The record that makes `to` active, after all that was `seen`; `active` and `epoch` are what they say
 /// together. `own` is the record in the state table of `to`, which it replaces.
 pub fn successor<'a>(
@@ -287,9 +315,9 @@ pub fn successor<'a>(
     seen: impl IntoIterator<Item = &'a ControlRow>,
     first: ControlRow,
 ) -> ControlRow {
-    let mut quarantined: Vec<String> = seen
-        .into_iter()
-        .filter(|record| record.epoch == epoch)
+    let seen: Vec<&ControlRow> = seen.into_iter().collect();
+    let current = seen.iter().filter(|record| record.epoch == epoch);
+    let mut quarantined: Vec<String> = current
         .flat_map(|record| record.quarantined.clone())
         .chain(rivals.iter().cloned())
         .chain([active.to_owned()])
@@ -297,15 +325,32 @@ pub fn successor<'a>(
         .collect();
     quarantined.sort_unstable();
     quarantined.dedup();
+    let previous = Previous {
+        active: active.to_owned(),
+        epoch,
+    };
+    let mut past: Vec<Previous> = seen
+        .iter()
+        .flat_map(|record| {
+            let itself = Previous {
+                active: record.active.clone(),
+                epoch: record.epoch,
+            };
+            record.past.iter().cloned().chain([itself])
+        })
+        .chain([previous.clone()])
+        .collect();
+    past.sort_by(|one, other| (one.epoch, &one.active).cmp(&(other.epoch, &other.active)));
+    past.dedup();
+    let too_many = past.len().saturating_sub(PAST_MAX);
+    past.drain(..too_many);
     ControlRow {
         active: to.to_owned(),
+        past,
         epoch: epoch + 1,
         epoch_label: format!("{}-{to}", epoch + 1),
         state: state::FENCING.to_owned(),
-        previous: Some(Previous {
-            active: active.to_owned(),
-            epoch,
-        }),
+        previous: Some(previous),
         quarantined,
         ..first
     }

@@ -9,7 +9,7 @@ mod reconcile;
 
 use serde::{Deserialize, Serialize};
 
-pub use control::{ActionRun, ControlRow, Previous, StepDone, state};
+pub use control::{ActionRun, ControlRow, PAST_MAX, Previous, StepDone, state};
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
 pub use gap::{GapReason, GapRow};

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::{ServiceClock, host_ms, rfc3339, uptime};
 use crate::error::{Class, Fault, Operation};
-use crate::lease::control::{Flow, Heed, conflict_copy, copy_for, heed, newest, part};
+use crate::lease::control::{Flow, Heed, adopted, heed};
 use crate::lease::row::{ControlRow, state};
 use crate::lease::table::{StateTable, Written};
 use crate::lease::term::Term;
@@ -141,12 +142,12 @@ impl Records {
         self.lease / 2
     }
 
-    /// Makes the own state table say what `why` says, before that is acknowledged: whoever starts anew here
-    /// must not go on with an epoch that is over, whatever other regions answer then.
+    /// Makes the own state table say what was seen, before that is acknowledged: whoever starts anew here must
+    /// not go on with an epoch that is over, whatever other regions answer then.
     ///
     /// # Errors
     /// The fault of the call.
-    pub async fn adopt(&self, why: &Heed) -> Result<(), Fault> {
+    pub async fn adopt(&self) -> Result<(), Fault> {
         // Twice: somebody else of this region may adopt it at the same moment.
         for _ in 0..2 {
             let own = match self.own.control().await {
@@ -154,18 +155,11 @@ impl Records {
                 Err(fault) if fault.class == Class::NotFound => return Ok(()),
                 own => own?,
             };
-            let seen = self.seen();
-            let copy = match why {
-                Heed::GoOn => None,
-                Heed::Conflict { epoch, actives } => {
-                    let at = rfc3339(host_ms());
-                    conflict_copy(&self.group, *epoch, actives, own.as_ref(), at)
-                }
-                Heed::Over { epoch, active } => newest(&seen, active, *epoch).and_then(|record| {
-                    let part = part(&self.here, (active, *epoch), own.as_ref(), &seen);
-                    copy_for(&self.here, part, record, own.as_ref())
-                }),
-            };
+            if let Some(own) = &own {
+                self.note(&self.here, own.clone());
+            }
+            let at = rfc3339(host_ms());
+            let copy = adopted(&self.group, &self.here, &self.seen(), own.as_ref(), at);
             let Some(copy) = copy else { return Ok(()) };
             if self.own.replace_control(&copy, own.as_ref()).await? == Written::Yes {
                 tracing::info!(
@@ -187,13 +181,9 @@ impl Records {
     }
 
     /// As [`adopt`](Self::adopt), however long it takes, until `stop`. Whether it was done.
-    pub async fn adopt_patiently(
-        &self,
-        why: &Heed,
-        stop: &tokio_util::sync::CancellationToken,
-    ) -> bool {
+    pub async fn adopt_patiently(&self, stop: &CancellationToken) -> bool {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        while let Err(fault) = self.adopt(why).await {
+        while let Err(fault) = self.adopt().await {
             tracing::warn!(
                 code = fault.code,
                 "the newer control record could not be copied into this region yet"

@@ -22,8 +22,7 @@ use super::{Fed, beat, feed_until};
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::error::{Exit, Failure};
-use crate::lease::control::{Answer, Heed, Part, Verdict, decide, part};
-use crate::lease::row::ControlRow;
+use crate::lease::control::{Part, Verdict, part, verdict};
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Idle};
 
@@ -158,7 +157,7 @@ impl Roles {
         let every = self.loaded.config.leases.duration / 3;
         loop {
             if waiting.part == Part::Quarantined {
-                self.keep_quarantine(waiting, records).await;
+                self.keep_quarantine(records).await;
             }
             tokio::select! {
                 () = stop.cancelled() => return false,
@@ -173,12 +172,8 @@ impl Roles {
     }
 
     /// Makes the quarantine outlast this process: the own state table says it, too.
-    async fn keep_quarantine(&self, waiting: &Waiting, records: &Records) {
-        let why = Heed::Over {
-            epoch: waiting.epoch,
-            active: waiting.active.clone(),
-        };
-        if let Err(fault) = records.adopt(&why).await {
+    async fn keep_quarantine(&self, records: &Records) {
+        if let Err(fault) = records.adopt().await {
             tracing::warn!(
                 code = fault.code,
                 "the quarantine could not be stored in this region yet; it holds all the same"
@@ -273,12 +268,4 @@ impl Roles {
             Part::Fed => None,
         }
     }
-}
-
-fn verdict(seen: &[ControlRow]) -> Verdict {
-    let answers: Vec<Answer> = seen
-        .iter()
-        .map(|record| Answer::Record(Box::new(record.clone())))
-        .collect();
-    decide(&answers)
 }

@@ -6,8 +6,7 @@ use std::time::Duration;
 use farshore::jobs::failover::fence::{Next, Writers, next};
 use farshore::jobs::failover::late::history::{History, Judged, Old};
 use farshore::lease::control::{
-    Answer, Flow, Heed, Part, Verdict, conflict_copy, copy_for, decide, heed, newest, part,
-    successor,
+    Answer, Flow, Heed, Part, Verdict, adopted, copy_for, decide, heed, newest, part, successor,
 };
 use farshore::lease::row::{ControlRow, Row, ShardRow, WorkerRow, state};
 use farshore::mutation::{self, Mutation};
@@ -64,7 +63,8 @@ struct Record {
 /// A region: its state table and its one table of the group.
 struct Region {
     control: Option<ControlRow>,
-    shard: BTreeMap<u64, ShardRow>,
+    /// By epoch, and by number: a stream made anew, or a shard found late, has a row of its own.
+    shard: BTreeMap<(u64, u32), ShardRow>,
     workers: BTreeMap<String, WorkerRow>,
     items: BTreeMap<u32, u32>,
     stream: Vec<Record>,
@@ -155,7 +155,11 @@ pub struct World {
     /// What the application wrote last in each region since that became active.
     app: BTreeMap<(usize, u32), u32>,
     app_since: BTreeMap<usize, u64>,
+    /// The application rests afterwards: what takes effect late then is the last thing a key gets.
+    app_until: u64,
     undone_in: BTreeSet<(usize, u64)>,
+    /// Regions that were active, whatever any record says.
+    was_active: BTreeSet<usize>,
     counts: Counts,
 }
 
@@ -179,10 +183,17 @@ impl World {
             }
         }
         let mut operators = Vec::new();
-        for _ in 0..random.random_range(1..4) {
+        // Two who mean different regions at the same moment, in one seed of three.
+        let at_once = random
+            .random_bool(0.33)
+            .then(|| random.random_range(20..120));
+        for number in 0..random.random_range(1..4) {
             operators.push(Operator {
-                to: random.random_range(0..3),
-                at: random.random_range(20..140),
+                to: match at_once {
+                    Some(_) => 1 + number % 2,
+                    None => random.random_range(0..3),
+                },
+                at: at_once.unwrap_or_else(|| random.random_range(20..140)),
                 cut: BTreeSet::new(),
                 step: Step::Waiting,
                 since: 0,
@@ -190,6 +201,7 @@ impl World {
                 was_killed: false,
             });
         }
+        let app_until = random.random_range(60..TICKS);
         Self {
             random,
             now: 0,
@@ -201,7 +213,9 @@ impl World {
             complete: BTreeMap::new(),
             app: BTreeMap::new(),
             app_since: BTreeMap::new(),
+            app_until,
             undone_in: BTreeSet::new(),
+            was_active: BTreeSet::from([0]),
             counts: Counts::default(),
         }
     }
@@ -290,7 +304,8 @@ impl World {
                 .control
                 .as_ref()
                 .is_none_or(|control| control.state != state::FENCING);
-            if is_active && fenced && self.random.random_bool(0.4) {
+            let writes = self.now < self.app_until && self.random.random_bool(0.4);
+            if is_active && fenced && writes {
                 let key = self.random.random_range(0..KEYS);
                 self.next_value += 1;
                 let value = self.next_value;
@@ -509,11 +524,20 @@ impl World {
         let (now, here) = (self.now, self.workers[index].here);
         let name = self.workers[index].name.clone();
         let applied = self.workers[index].checkpoint;
-        let row = self.regions[here].shard.entry(epoch).or_insert_with(|| {
+        let rows = &self.regions[here].shard;
+        let last = rows.range((epoch, 0)..=(epoch, u32::MAX)).next_back();
+        let mut place = last.map_or((epoch, 0), |(place, _)| *place);
+        // A row that nobody has seen, and nobody can have fenced.
+        if last.is_some() && self.random.random_bool(0.02) {
+            place.1 += 1;
+            self.workers[index].lease = None;
+        }
+        let from = last.map_or("0".to_owned(), |(_, row)| row.checkpoint.clone());
+        let row = self.regions[here].shard.entry(place).or_insert_with(|| {
             let id = ShardId("s".into());
             let start = Position::TrimHorizon;
             let mut row = ShardRow::new(epoch, "t", "arn/stream/l", &id, None, &start, 0);
-            row.checkpoint = "0".into();
+            row.checkpoint = from;
             row.updated_at = Some(now as i64);
             row
         });
@@ -556,10 +580,15 @@ impl World {
                 self.workers[index].name
             ));
         }
-        let own = self.regions[here].control.as_ref();
-        if own.is_some_and(|own| own.epoch >= epoch && own.state == state::QUARANTINED) {
+        let by_now = self.was_active.contains(&here);
+        // What was sent before anybody could hear of it belongs to the fence.
+        let is_old = self.regions[here]
+            .control
+            .as_ref()
+            .is_some_and(|own| own.epoch > epoch);
+        if by_now && !is_old {
             return Err(format!(
-                "{} writes into a quarantine",
+                "{} feeds a region that was active",
                 self.workers[index].name
             ));
         }
@@ -596,6 +625,7 @@ impl World {
     fn drain(&mut self, index: usize, epoch: u64, why: &Heed) {
         let (now, here) = (self.now, self.workers[index].here);
         let worker = &mut self.workers[index];
+        let owner = format!("{}.1", worker.name);
         if let Some((at, applied)) = worker.open {
             if at > now {
                 return;
@@ -607,8 +637,13 @@ impl World {
             return;
         }
         if let Some((_, counter)) = worker.lease.take()
-            && let Some(row) = self.regions[here].shard.get_mut(&epoch)
-            && row.lease_counter == counter
+            && let Some(row) = self.regions[here]
+                .shard
+                .range_mut((epoch, 0)..=(epoch, u32::MAX))
+                .map(|(_, row)| row)
+                .find(|row| {
+                    row.lease_counter == counter && row.lease_owner.as_ref() == Some(&owner)
+                })
         {
             row.lease_counter += 1;
             row.lease_owner = None;
@@ -616,17 +651,8 @@ impl World {
         }
         let known = self.regions[here].control.clone();
         let seen: Vec<ControlRow> = self.workers[index].seen.values().cloned().collect();
-        let copy = match why {
-            Heed::GoOn => None,
-            Heed::Conflict { epoch, actives } => {
-                self.counts.conflicts += 1;
-                conflict_copy("g", *epoch, actives, known.as_ref(), String::new())
-            }
-            Heed::Over { epoch, active } => newest(&seen, active, *epoch).and_then(|row| {
-                let part = part(LABELS[here], (active, *epoch), known.as_ref(), &seen);
-                copy_for(LABELS[here], part, row, known.as_ref())
-            }),
-        };
+        self.counts.conflicts += u64::from(matches!(why, Heed::Conflict { .. }));
+        let copy = adopted("g", LABELS[here], &seen, known.as_ref(), String::new());
         if let Some(copy) = copy
             && !self.replace_control(here, &copy, known.as_ref())
         {
@@ -736,6 +762,7 @@ impl World {
         row.lease_counter = 1;
         if self.replace_control(to, &row, Some(&own)) {
             self.app_since.insert(to, now);
+            self.was_active.insert(to);
             let operator = &mut self.operators[index];
             operator.since = now;
             operator.fenced = None;
@@ -754,9 +781,10 @@ impl World {
             self.operators[index].step = Step::Waiting;
             return Ok(());
         }
-        let rows = self.regions[to].shard.values().cloned().map(Row::Shard);
+        let rows = self.regions[to].shard.clone();
         let workers = self.regions[to].workers.values().cloned().map(Row::Worker);
-        let writers = Writers::before(epoch, rows.chain(workers));
+        let shards = rows.values().cloned().map(Row::Shard);
+        let writers = Writers::before(epoch, shards.chain(workers));
         let ticks = |ticks: u64| Duration::from_secs(ticks);
         let operator = &self.operators[index];
         let since = ticks(now - operator.since);
@@ -764,9 +792,10 @@ impl World {
         match next(&writers, epoch, since, fenced, ticks(LEASE)) {
             Next::Wait => {}
             Next::Fence => {
-                for row in writers.unfenced() {
-                    let next = row.fenced_by(epoch);
-                    self.regions[to].shard.insert(row.epoch, next);
+                for (place, row) in rows {
+                    if row.epoch < epoch && row.fenced.is_none() {
+                        self.regions[to].shard.insert(place, row.fenced_by(epoch));
+                    }
                 }
                 let operator = &mut self.operators[index];
                 operator.fenced = operator.fenced.or(Some(now));
@@ -813,25 +842,19 @@ impl World {
 
     fn undo(&mut self, to: usize, own: &ControlRow) {
         let begun = own.done_ms("begun").unwrap_or(0) as u64;
-        let Some(source) = own
-            .previous
-            .as_ref()
-            .map(|previous| place(&previous.active))
-        else {
-            return;
-        };
         let mut keys: BTreeMap<u32, History<u32>> = BTreeMap::new();
-        for record in self.regions[source]
-            .stream
-            .iter()
-            .filter(|record| record.at <= begun + LEASE * 2)
-        {
-            keys.entry(record.key)
-                .or_insert_with(|| History::new(Vec::new()))
-                .push(Old {
-                    image: record.after,
-                    in_flight: true,
-                });
+        // Every flow into it, oldest first.
+        for past in &own.past {
+            let source = &self.regions[place(&past.active)];
+            let sent = source.stream.iter();
+            for record in sent.filter(|record| record.at <= begun + LEASE * 2) {
+                keys.entry(record.key)
+                    .or_insert_with(|| History::new(Vec::new()))
+                    .push(Old {
+                        image: record.after,
+                        in_flight: true,
+                    });
+            }
         }
         let stream: Vec<Record> = self.regions[to].stream.clone();
         for record in stream {

@@ -27,8 +27,8 @@ pub use survey::{RegionSeen, Survey, TableSeen, survey, unaccepted};
 
 use crate::backoff::Backoff;
 use crate::config::Config;
-use crate::dynamo::RegionClients;
 use crate::dynamo::clock::rfc3339;
+use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault, Policy};
 use crate::lease::control::{Answer, Part, Verdict, copy_for, decide, successor};
 use crate::lease::row::{ControlRow, ShardRow, state};
@@ -108,8 +108,8 @@ pub struct Failover<'a> {
     /// The record, as last written or read.
     pub(super) record: ControlRow,
     pub(super) stop: &'a CancellationToken,
-    /// The region that was active, where it may be asked.
-    source: Option<&'a RegionClients>,
+    /// All regions: those that were active are asked once the switch is complete.
+    regions: &'a Regions,
     /// Whether it is done although late writes could not be looked for.
     pub accepts_unwatched: bool,
     /// When this process began to wait for the fence.
@@ -145,7 +145,7 @@ impl<'a> Failover<'a> {
         by: &str,
         reason: &str,
         known: Option<ControlRow>,
-        source: Option<&'a RegionClients>,
+        regions: &'a Regions,
         stop: &'a CancellationToken,
     ) -> Result<Self, Ended> {
         let state = survey.state();
@@ -159,7 +159,7 @@ impl<'a> Failover<'a> {
                 .clone()
                 .unwrap_or_else(|| ControlRow::first(&config.group, &survey.to, by, String::new())),
             stop,
-            source,
+            regions,
             accepts_unwatched: false,
             since: Instant::now(),
         };
@@ -295,7 +295,8 @@ impl<'a> Failover<'a> {
             return Err(Ended::Overtaken(contradicted(epoch, &rivals)));
         }
         let writers = self.writers().await?;
-        let left_behind = match self.source.filter(|_| self.is_planned()) {
+        let source = self.sources_of(epoch - 1).into_iter().next();
+        let left_behind = match source.filter(|_| self.is_planned()) {
             None => None,
             Some(source) => {
                 watcher.under_way("looking for writes that came too late");
@@ -357,6 +358,13 @@ impl<'a> Failover<'a> {
         .await?;
         self.tidy(writers).await;
         Ok(late)
+    }
+
+    /// The regions that were active in `epoch`: one, but where two failovers contradicted each other.
+    fn sources_of(&self, epoch: u64) -> Vec<&'a RegionClients> {
+        let past = self.record.past.iter().filter(|one| one.epoch == epoch);
+        past.filter_map(|one| self.regions.get(&one.active))
+            .collect()
     }
 
     /// Whether everything was applied before the epoch changed.

@@ -22,6 +22,9 @@ pub mod state {
     pub const CONFLICT: &str = "conflict";
 }
 
+/// Epochs that a record remembers.
+pub const PAST_MAX: usize = 16;
+
 /// The active region before, and its epoch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -88,6 +91,9 @@ pub struct ControlRow {
     /// The active region before; absent in the first epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Previous>,
+    /// The epochs before, as far as they are known, oldest first; at most [`PAST_MAX`] of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub past: Vec<Previous>,
     /// Labels of regions that were active and may hold writes that never left: nobody writes there.
     #[serde(
         default,
@@ -138,6 +144,7 @@ impl ControlRow {
             at,
             lease_counter: 0,
             previous: None,
+            past: Vec::new(),
             quarantined: Vec::new(),
             rivals: Vec::new(),
             steps: Vec::new(),

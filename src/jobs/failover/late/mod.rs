@@ -132,13 +132,13 @@ impl Range {
     }
 }
 
-/// What was in flight of one table, by stream and shard.
-type Ranges = BTreeMap<(String, String), Vec<Range>>;
+/// What was in flight of one table, by epoch, stream and shard.
+type Ranges = BTreeMap<(u64, String, String), Vec<Range>>;
 
 fn ranges(table: &str, writers: &Writers) -> Ranges {
     let mut ranges = Ranges::new();
-    let mut add = |stream: &str, shard: &str, range: Option<Range>| {
-        let place = (stream.to_owned(), shard.to_owned());
+    let mut add = |(epoch, stream, shard): (u64, &str, &str), range: Option<Range>| {
+        let place = (epoch, stream.to_owned(), shard.to_owned());
         // One that cannot be read covers the whole shard.
         let all = Range {
             from: Position::TrimHorizon,
@@ -155,10 +155,15 @@ fn ranges(table: &str, writers: &Writers) -> Ranges {
             to_ms: None,
             is_repaired: false,
         });
-        add(&row.stream_arn, &row.shard_id, range);
+        add((row.epoch, &row.stream_arn, &row.shard_id), range);
     }
     for doubt in writers.doubts.iter().filter(|row| row.table == table) {
-        add(&doubt.stream_arn, &doubt.shard_id, Range::of_doubt(doubt));
+        let place = (
+            doubt.epoch,
+            doubt.stream_arn.as_str(),
+            doubt.shard_id.as_str(),
+        );
+        add(place, Range::of_doubt(doubt));
     }
     ranges
 }
@@ -248,9 +253,6 @@ impl Failover<'_> {
         writers: &Writers,
         fenced_ms: i64,
     ) -> Result<Watched<'b>, String> {
-        let Some(source) = self.source else {
-            return Err("the region that was active is not known".to_owned());
-        };
         let name = table.name_in(&self.target.label);
         let told = |fault: Fault| fault.to_string();
         let described = describe(&self.target.tables, name).await.map_err(told)?;
@@ -265,7 +267,8 @@ impl Failover<'_> {
             ));
         };
         let ranges = ranges(&table.name, writers);
-        let keys = self.read_old(source, &ranges, fenced_ms).await?;
+        let streams = self.streams(&table.name, writers, &ranges);
+        let keys = self.read_old(&streams, &ranges, fenced_ms).await?;
         // Nothing of what was in flight was sent long before it was noticed.
         let late_ms = until_ms(0, self.config.leases.late_effect);
         let leases = writers.in_flight().filter(|row| row.table == table.name);
@@ -281,34 +284,66 @@ impl Failover<'_> {
         })
     }
 
-    /// The records of the old region that concern keys in flight, by key. Twice over the stream: which keys
+    /// The streams that flowed into `table`, oldest epoch first: those of which something was in flight, and
+    /// those of the last epoch, which say what came after that.
+    fn streams(&self, table: &str, writers: &Writers, ranges: &Ranges) -> Vec<(u64, String)> {
+        let last = self.record.epoch - 1;
+        let rows = writers.shards.iter().filter(|row| row.table == table);
+        let of_last = rows.filter(|row| row.epoch == last);
+        let mut streams: Vec<(u64, String)> = of_last
+            .map(|row| (row.epoch, row.stream_arn.clone()))
+            .chain(
+                ranges
+                    .keys()
+                    .map(|(epoch, stream, _)| (*epoch, stream.clone())),
+            )
+            .collect();
+        streams.sort();
+        streams.dedup();
+        streams
+    }
+
+    /// The region whose stream that is.
+    fn source_of(&self, epoch: u64) -> Result<&RegionClients, String> {
+        let mut sources = self.sources_of(epoch).into_iter();
+        sources.next().ok_or_else(|| {
+            format!("which region was active in epoch {epoch} is not known any more")
+        })
+    }
+
+    /// The records of the old regions that concern keys in flight, by key. Twice over the streams: which keys
     /// those are, and then what came before as well. Without that, what the flow applied in time a moment
     /// before the end would be taken for the application's.
     async fn read_old(
         &self,
-        source: &RegionClients,
+        streams: &[(u64, String)],
         ranges: &Ranges,
         fenced_ms: i64,
     ) -> Result<HashMap<ItemKey, Key>, String> {
         let mut keys: HashMap<ItemKey, Key> = HashMap::new();
-        let mut streams: Vec<&str> = ranges.keys().map(|(stream, _)| stream.as_str()).collect();
-        streams.dedup();
-        for stream in streams {
-            let mut first_ms = fenced_ms;
-            let mut tail = Tail::new(source, stream.to_owned(), i64::MIN);
-            let of_stream = ranges.iter().filter(|((of, _), _)| of == stream);
-            tail.begin_at(of_stream.map(|((_, shard), ranges)| {
-                let first = ranges.iter().map(|range| range.from.clone());
-                let first = first.reduce(older).unwrap_or(Position::TrimHorizon);
-                (shard.clone(), first)
-            }));
+        let mut first_ms = fenced_ms;
+        for (epoch, stream) in streams {
+            let of_stream: Vec<(String, Position)> = ranges
+                .iter()
+                .filter(|((of, arn, _), _)| of == epoch && arn == stream)
+                .map(|((_, _, shard), ranges)| {
+                    let first = ranges.iter().map(|range| range.from.clone());
+                    let first = first.reduce(older).unwrap_or(Position::TrimHorizon);
+                    (shard.clone(), first)
+                })
+                .collect();
+            if of_stream.is_empty() {
+                continue;
+            }
+            let source = self.source_of(*epoch)?;
+            let mut tail = Tail::new(source, stream.clone(), i64::MIN);
+            tail.begin_at(of_stream.into_iter());
             let taken = tail.read_all(async |shard, record| {
-                let Some((change, in_flight, is_repaired)) =
-                    judged(ranges, (stream, shard), record, fenced_ms)
-                else {
-                    return;
-                };
-                if in_flight && keys.len() <= KEYS_MAX {
+                let place = (*epoch, stream.clone(), shard.to_owned());
+                let judged = judged(ranges, &place, record, fenced_ms);
+                if let Some((change, true, is_repaired)) = judged
+                    && keys.len() <= KEYS_MAX
+                {
                     first_ms = first_ms.min(change.created_ms);
                     keys.entry(change.key)
                         .or_insert_with(|| Key::new(change.keys))
@@ -319,15 +354,15 @@ impl Failover<'_> {
             if keys.len() > KEYS_MAX {
                 return Err(format!("more than {KEYS_MAX} keys were in flight"));
             }
-            let since_ms = first_ms - BEFORE_MS;
-            let mut tail = Tail::new(source, stream.to_owned(), since_ms);
+        }
+        for (epoch, stream) in streams {
+            let source = self.source_of(*epoch)?;
+            let mut tail = Tail::new(source, stream.clone(), first_ms - BEFORE_MS);
             let taken = tail.read_all(async |shard, record| {
-                let Some((change, in_flight, _)) =
-                    judged(ranges, (stream, shard), record, fenced_ms)
-                else {
-                    return;
-                };
-                if let Some(key) = keys.get_mut(&change.key) {
+                let place = (*epoch, stream.clone(), shard.to_owned());
+                if let Some((change, in_flight, _)) = judged(ranges, &place, record, fenced_ms)
+                    && let Some(key) = keys.get_mut(&change.key)
+                {
                     key.note(change, in_flight);
                 }
             });
@@ -411,7 +446,7 @@ fn older(one: Position, other: Position) -> Position {
 /// `None` for what was written after the end: nobody has sent it.
 fn judged(
     ranges: &Ranges,
-    (stream, shard): (&str, &str),
+    place: &(u64, String, String),
     record: Record,
     fenced_ms: i64,
 ) -> Option<(Change, bool, bool)> {
@@ -419,9 +454,8 @@ fn judged(
     if change.created_ms > fenced_ms + MARGIN_MS {
         return None;
     }
-    let place = (stream.to_owned(), shard.to_owned());
     // Of a shard that came from one in flight nothing was sent before that had ended.
-    let of_shard = ranges.get(&place).into_iter().flatten();
+    let of_shard = ranges.get(place).into_iter().flatten();
     let mut held = of_shard
         .filter(|range| range.holds(&change.sequence, change.created_ms))
         .peekable();
