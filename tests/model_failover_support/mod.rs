@@ -844,7 +844,7 @@ impl World {
         let begun = own.done_ms("begun").unwrap_or(0) as u64;
         let mut keys: BTreeMap<u32, History<u32>> = BTreeMap::new();
         // Every flow into it, oldest first.
-        for past in &own.past {
+        for past in own.past.iter().filter(|past| past.active != own.active) {
             let source = &self.regions[place(&past.active)];
             let sent = source.stream.iter();
             for record in sent.filter(|record| record.at <= begun + LEASE * 2) {
