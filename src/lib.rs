@@ -44,6 +44,7 @@
 //! * `embedded` (cargo feature) is a DynamoDB inside the program, and a gateway that does to it
 //!   what AWS does.
 
+pub mod actions;
 pub mod apply;
 pub mod backoff;
 pub mod cli;

@@ -49,11 +49,17 @@ pub enum Operation {
     Provision,
     /// Talking to the dead-letter queue.
     Queue,
+    /// Writing a parameter, after a failover.
+    PutParameter,
+    /// Publishing a message, after a failover.
+    Publish,
+    /// Writing a DNS record, after a failover.
+    ChangeRecord,
 }
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::DescribeTable,
         Self::DescribeStream,
         Self::GetShardIterator,
@@ -65,6 +71,9 @@ impl Operation {
         Self::State,
         Self::Provision,
         Self::Queue,
+        Self::PutParameter,
+        Self::Publish,
+        Self::ChangeRecord,
     ];
 
     /// How the call is named in messages.
@@ -80,6 +89,9 @@ impl Operation {
             Operation::State => "state table access",
             Operation::Provision => "provisioning",
             Operation::Queue => "SQS",
+            Operation::PutParameter => "PutParameter",
+            Operation::Publish => "Publish",
+            Operation::ChangeRecord => "ChangeResourceRecordSets",
         }
     }
 
@@ -318,6 +330,9 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "LimitExceededException"
         // Too many messages of a queue are in flight.
         | "OverLimit"
+        // One change of a parameter or hosted zone at a time.
+        | "TooManyUpdates"
+        | "PriorRequestNotComplete"
         | "SlowDown" => Class::Throttled,
         "InternalServerError"
         | "InternalFailure"
@@ -345,6 +360,7 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "ExpiredTokenException"
         | "RequestExpired"
         | "InvalidSecurity"
+        | "AuthorizationError"
         | "OptInRequired"
         | "NotAuthorized" => Class::Access,
         "ResourceNotFoundException"
@@ -352,13 +368,18 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "NonExistentQueue"
         | "QueueDoesNotExist"
         | "InvalidAddress"
+        | "NotFound"
+        | "NoSuchHostedZone"
+        | "NoSuchHealthCheck"
         | "QueueDeletedRecently" => Class::NotFound,
         // A table that is being created or deleted answers so; it passes by itself or a person
         // has to look, like a table that is not there.
         "ResourceInUseException" | "TableInUseException" => Class::NotFound,
         "ExpiredIteratorException" => Class::ExpiredIterator,
         "TrimmedDataAccessException" => Class::Trimmed,
-        "ValidationException" => Class::Validation,
+        "ValidationException" | "InvalidParameter" | "InvalidChangeBatch" | "InvalidInput" => {
+            Class::Validation
+        }
         "ItemCollectionSizeLimitExceededException" => Class::CollectionFull,
         "ConditionalCheckFailedException" => Class::Condition,
         _ => match status {
