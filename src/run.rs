@@ -7,6 +7,7 @@
 //! ```
 
 pub mod ahead;
+pub mod announce;
 pub mod audit;
 pub mod context;
 pub mod covered;
@@ -45,10 +46,12 @@ use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
+use crate::dynamo::Regions;
 use crate::error::Exit;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
+use crate::observe::whereabouts::Whereabouts;
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use ahead::Ahead;
@@ -78,17 +81,20 @@ pub struct Worker {
     metrics: Option<PrometheusHandle>,
     health: Arc<Health>,
     board: Arc<Board>,
+    whereabouts: Whereabouts,
 }
 
 impl Worker {
     /// A worker in `role` that serves metrics and health on `listener`.
     pub fn new(
         loaded: Loaded,
+        regions: &Regions,
         role: Role,
         listener: TcpListener,
         metrics: Option<PrometheusHandle>,
     ) -> Self {
         Self {
+            whereabouts: Whereabouts::new(&loaded, regions),
             config: loaded.config,
             role,
             listener,
@@ -121,16 +127,24 @@ impl Worker {
             self.listener,
             Arc::clone(&self.health),
             self.metrics.clone(),
+            self.whereabouts.clone(),
             serving.clone(),
         ));
         let exit = match self.role {
-            Role::Standby { active } => {
+            Role::Standby(standby) => {
                 tracing::info!(
-                    active,
+                    active = standby.active,
                     "standby: this region is active, nothing is fed into it"
                 );
-                self.health.set_standby(&active);
-                beat(&self.health, None, self.metrics.as_ref(), &stop).await;
+                self.health.set_standby(&standby.active);
+                let lease = self.config.leases.duration;
+                let health = Arc::clone(&self.health);
+                let watched = announce::watch_records(standby, lease, self.whereabouts, health);
+                // Ends with the beat, which ends with `stop`.
+                tokio::select! {
+                    () = beat(&self.health, None, self.metrics.as_ref(), &stop) => {}
+                    () = watched => {}
+                }
                 Exit::Done
             }
             Role::Feed(feed) => {
@@ -139,7 +153,7 @@ impl Worker {
                     self.config,
                     *feed,
                     health,
-                    self.board,
+                    (self.board, self.whereabouts),
                     self.metrics.as_ref(),
                     &stop,
                 )
@@ -158,7 +172,7 @@ async fn feed_until(
     config: Config,
     feed: Feed,
     health: Arc<Health>,
-    board: Arc<Board>,
+    (board, whereabouts): (Arc<Board>, Whereabouts),
     metrics: Option<&PrometheusHandle>,
     stop: &CancellationToken,
 ) -> Exit {
@@ -166,6 +180,8 @@ async fn feed_until(
     let grace = config.worker.shutdown_grace;
     let writers = writers(&config, &feed);
     let owner = owner();
+    let began = (feed.active.clone(), feed.epoch);
+    let told = announce::tell_of_snapshots(rows.clone(), began, whereabouts);
     let shared = Arc::new(Shared {
         writers,
         epoch: feed.epoch,
@@ -201,6 +217,7 @@ async fn feed_until(
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
+    keepers.spawn(told);
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
     let mut repairs = JoinSet::new();

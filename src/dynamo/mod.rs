@@ -43,6 +43,8 @@ pub struct RegionClients {
     pub region: String,
     /// Where requests go, for messages.
     pub endpoint: String,
+    /// URL of DynamoDB; `None` where the SDK's own for the region is meant.
+    pub endpoint_url: Option<String>,
     /// Tables: items, descriptions, state.
     pub tables: aws_sdk_dynamodb::Client,
     /// Streams.
@@ -176,6 +178,7 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
             .endpoint_url
             .clone()
             .unwrap_or_else(|| format!("DynamoDB in {name}")),
+        endpoint_url: region.endpoint_url.clone(),
         region: name,
         tables: aws_sdk_dynamodb::Client::from_conf(tables.build()),
         streams: aws_sdk_dynamodbstreams::Client::from_conf(streams.build()),
