@@ -1,8 +1,8 @@
 //! `/active` and `/region`: right, or they say that nobody can say.
 
 mod common;
+mod whereabouts_support;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,15 +10,8 @@ use std::time::{Duration, Instant};
 use common::binary::{Worker, provision};
 use common::eventually;
 use common::stand::{SOURCE, Stand, TARGET, free_port, n, s};
-use farshore::config::read::parse;
-use farshore::dynamo::clock::uptime;
-use farshore::observe::health::Health;
-use farshore::observe::server;
-use farshore::observe::whereabouts::{Endpoint, Known, Whereabouts};
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
+use whereabouts_support::Served;
 
 /// A lease of these workers, and a moment more.
 const A_LEASE: Duration = Duration::from_millis(1_300);
@@ -191,67 +184,11 @@ async fn who_cannot_read_its_state_table_for_a_lease_does_not_say_that_it_is_act
     assert!(standby.stop().await.success());
 }
 
-/// A server of this process, with nothing behind it but what the test tells it.
-struct Served {
-    whereabouts: Whereabouts,
-    port: u16,
-    stop: CancellationToken,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Served {
-    async fn start(lease: &str) -> Self {
-        let text = format!(
-            "group = \"orders\"\nactive = \"{SOURCE}\"\nhere = \"{SOURCE}\"\n[regions.{SOURCE}]\n[regions.{TARGET}]\n\
-             [leases]\nduration = \"{lease}\"\n[[tables]]\nname = \"t\"\n[dead_letters]\ndirectory = \"/x\"\n"
-        );
-        let config = parse("x", &text, &[]).unwrap().config;
-        let endpoint = Endpoint {
-            region: SOURCE.to_owned(),
-            url: None,
-        };
-        let endpoints = BTreeMap::from([(SOURCE.to_owned(), endpoint)]);
-        let whereabouts = Whereabouts::with(&config, SOURCE, endpoints);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let stop = CancellationToken::new();
-        let health = Arc::new(Health::default());
-        let served = server::serve(listener, health, None, whereabouts.clone(), stop.clone());
-        Self {
-            task: tokio::spawn(served),
-            whereabouts,
-            port,
-            stop,
-        }
-    }
-
-    fn tell(&self, active: &str, epoch: u64, state: &str) {
-        self.whereabouts.set(Known {
-            active: active.to_owned(),
-            epoch,
-            state: state.to_owned(),
-            read: uptime(),
-        });
-    }
-
-    fn get(&self, path: &str) -> impl Future<Output = String> + use<> {
-        let (port, path) = (self.port, path.to_owned());
-        async move {
-            let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-            let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
-            stream.write_all(request.as_bytes()).await.unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await.unwrap();
-            answer
-        }
-    }
-}
-
 /// An answer counts no longer than the reading it rests on, to the moment, even if nobody says that
 /// anything failed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_read_a_lease_ago_counts_no_more() {
-    let served = Served::start("1s").await;
+    let served = Served::start(SOURCE, "1s").await;
     assert!(served.get("/active").await.starts_with("HTTP/1.0 503"));
     served.tell(SOURCE, 1, "steady");
     let told = Instant::now();
@@ -285,7 +222,7 @@ async fn what_was_read_a_lease_ago_counts_no_more() {
 /// Those who wait are bounded, and answered when the server stops.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_waits_is_bounded_and_does_not_hold_the_end() {
-    let served = Served::start("1h").await;
+    let served = Served::start(SOURCE, "1h").await;
     served.tell(SOURCE, 1, "steady");
     let waiting: Vec<_> = (0..256)
         .map(|_| tokio::spawn(served.get("/region?epoch=1&wait=50s")))

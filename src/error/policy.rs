@@ -95,6 +95,13 @@ impl Operation {
         }
     }
 
+    const fn is_of_an_action(self) -> bool {
+        matches!(
+            self,
+            Operation::PutParameter | Operation::Publish | Operation::ChangeRecord
+        )
+    }
+
     const fn reads_stream(self) -> bool {
         matches!(self, Operation::GetShardIterator | Operation::GetRecords)
     }
@@ -251,7 +258,7 @@ where
             let code = meta.code().unwrap_or("").to_owned();
             Fault {
                 operation,
-                class: class_of_code(&code, status),
+                class: class_of(operation, &code, status),
                 code: if code.is_empty() {
                     format!("HTTP {status}")
                 } else {
@@ -298,6 +305,18 @@ where
         }
         // SdkError is non-exhaustive: a kind this version does not know waits and alarms.
         _ => Fault::own(operation, Class::Unknown, "unknown failure", ""),
+    }
+}
+
+/// The class of a code on `operation`. A call of an action carries what the configuration says and
+/// nothing of an item: what the service refuses there with a code of its own is wrong in the
+/// configuration.
+fn class_of(operation: Operation, code: &str, status: u16) -> Class {
+    match class_of_code(code, status) {
+        Class::Unknown if operation.is_of_an_action() && (400..500).contains(&status) => {
+            Class::Validation
+        }
+        class => class,
     }
 }
 
@@ -377,9 +396,7 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         "ResourceInUseException" | "TableInUseException" => Class::NotFound,
         "ExpiredIteratorException" => Class::ExpiredIterator,
         "TrimmedDataAccessException" => Class::Trimmed,
-        "ValidationException" | "InvalidParameter" | "InvalidChangeBatch" | "InvalidInput" => {
-            Class::Validation
-        }
+        "ValidationException" => Class::Validation,
         "ItemCollectionSizeLimitExceededException" => Class::CollectionFull,
         "ConditionalCheckFailedException" => Class::Condition,
         _ => match status {
@@ -449,6 +466,21 @@ mod tests {
             Class::Throttled
         );
         assert_eq!(class_of_code("KmsThrottled", 403), Class::Throttled);
+    }
+
+    #[test]
+    fn what_refuses_an_action_condemns_no_record() {
+        for (operation, code) in [
+            (Operation::ChangeRecord, "InvalidChangeBatch"),
+            (Operation::Publish, "InvalidParameter"),
+            (Operation::PutParameter, "HierarchyTypeMismatchException"),
+        ] {
+            assert_eq!(class_of(operation, code, 400), Class::Validation);
+            assert_eq!(class_of(Operation::Write, code, 400), Class::Unknown);
+            assert_eq!(class_of(operation, code, 500), Class::Service);
+        }
+        let busy = class_of(Operation::ChangeRecord, "PriorRequestNotComplete", 400);
+        assert_eq!(busy, Class::Throttled);
     }
 
     #[test]
