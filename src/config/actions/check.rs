@@ -312,12 +312,19 @@ impl Check {
     fn filled(&self, field: &'static str, value: Option<Template>) -> Result<Template, Wrong> {
         let value = self.needed(field, value)?;
         match value.is_empty() {
-            true => Err(self.wrong(
-                field,
-                "it is empty",
-                "Give it a value, or remove the action",
-            )),
+            true => Err(self.wrong(field, "it is empty", "Give it a value")),
             false => Ok(value),
+        }
+    }
+
+    fn filled_if_any(
+        &self,
+        field: &'static str,
+        value: Option<Template>,
+    ) -> Result<Option<Template>, Wrong> {
+        match value {
+            None => Ok(None),
+            value => self.filled(field, value).map(Some),
         }
     }
 
@@ -459,8 +466,8 @@ impl Check {
         }
         Ok(Sns {
             topic_arn,
-            subject: written.subject,
-            message: written.message,
+            subject: self.filled_if_any("subject", written.subject)?,
+            message: self.filled_if_any("message", written.message)?,
             endpoint_url: self.endpoint(written.endpoint_url)?,
         })
     }

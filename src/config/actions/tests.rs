@@ -261,6 +261,11 @@ fn what_is_wrong_in_an_action_that_calls_aws_names_its_field_and_line() {
             "line 12, actions[0].topic_arn: it is no ARN",
         ),
         (
+            topic,
+            "message = \"\"",
+            "line 13, actions[0].message: it is empty",
+        ),
+        (
             record,
             "hosted_zone_id = \"/hostedzone/Z1\"",
             "line 12, actions[0].hosted_zone_id",
@@ -302,6 +307,29 @@ fn the_actions_of_the_default_file_are_right() {
         .lines()
         .map(|line| line.strip_prefix("# ").unwrap_or(""));
     let text = format!("{used}{}", shown.collect::<Vec<_>>().join("\n"));
+    let actions = parse("farshore.toml", &text, &[]).unwrap().config.actions;
+    let kinds: Vec<&str> = actions.iter().map(|action| action.kind.name()).collect();
+    assert_eq!(
+        kinds,
+        [
+            "file",
+            "command",
+            "webhook",
+            "ssm_parameter",
+            "sns",
+            "route53_record"
+        ]
+    );
+}
+
+/// Every example of `docs/ACTIONS.md` is right as it stands, and there is one of each kind.
+#[test]
+#[cfg(feature = "actions")]
+fn the_examples_of_the_page_are_right() {
+    let page = include_str!("../../../docs/ACTIONS.md");
+    let examples = page.split("```toml\n").skip(1);
+    let examples = examples.map(|rest| rest.split("```").next().unwrap());
+    let text = GROUP.to_owned() + &examples.collect::<String>();
     let actions = parse("farshore.toml", &text, &[]).unwrap().config.actions;
     let kinds: Vec<&str> = actions.iter().map(|action| action.kind.name()).collect();
     assert_eq!(
