@@ -129,6 +129,7 @@ async fn the_active_region_and_it_alone_says_that_it_is_active() {
     let ((from_feeder, from_standby), at, pair) = waiting.await.unwrap();
     assert!(at - begin < Duration::from_secs(3), "{:?}", at - begin);
     for (status, body) in [from_feeder, from_standby] {
+        assert_eq!(body["writable"], false);
         let told = (status, &body["label"], &body["epoch"], &body["state"]);
         assert_eq!(told, (200, &TARGET.into(), &2.into(), &"fencing".into()));
     }

@@ -123,6 +123,7 @@ fn show_region(whereabouts: &Whereabouts) -> Response {
                     "endpoint": endpoint.and_then(|endpoint| endpoint.url.as_ref()),
                     "epoch": known.epoch,
                     "state": known.state,
+                    "writable": known.is_writable(),
                 }),
             )
         }

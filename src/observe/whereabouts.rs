@@ -25,9 +25,10 @@ pub const STEADY: &str = "steady";
 /// State while two records of one epoch name different regions.
 pub const CONFLICT: &str = "conflict";
 
-/// In these states the active region may be written to. In every other, known or not, the old flow may
-/// still write there, or nobody knows who may.
-const SERVING: [&str; 1] = [STEADY];
+/// In these states the active region may be written to: the fence of its epoch is complete. In every
+/// other, known or not, an old flow may still write there, writes are asked to wait, or nobody knows who
+/// may.
+const SERVING: [&str; 3] = [STEADY, "actions", "watching"];
 
 /// Requests that wait for a change at once.
 const WAITERS_MAX: usize = 256;
@@ -39,7 +40,8 @@ pub struct Known {
     pub active: String,
     /// Number of the epoch.
     pub epoch: u64,
-    /// State of the control record: `steady`, `fencing`, `conflict`, `quarantined` and so on.
+    /// State of the control record: `steady`, `closing`, `fencing`, `actions`, `watching`, `conflict`,
+    /// `quarantined`.
     pub state: String,
     /// When the reading began, by [`uptime`].
     pub read: Duration,
@@ -175,6 +177,11 @@ impl Changes {
 }
 
 impl Known {
+    /// Whether the active region may be written to.
+    pub fn is_writable(&self) -> bool {
+        SERVING.contains(&self.state.as_str())
+    }
+
     /// Whether the region `here` may be written to.
     ///
     /// # Errors
@@ -183,7 +190,7 @@ impl Known {
         if self.active != here {
             return Err(format!("the active region is {}", self.active));
         }
-        match SERVING.contains(&self.state.as_str()) {
+        match self.is_writable() {
             true => Ok(()),
             false => Err(format!(
                 "the control record of epoch {} says `{}`",
@@ -260,10 +267,19 @@ mod tests {
     }
 
     #[test]
-    fn only_a_steady_active_region_serves() {
-        assert_eq!(known("a", 1, STEADY, 0).serves("a"), Ok(()));
+    fn only_an_active_region_whose_fence_is_complete_serves() {
+        for state in [STEADY, "actions", "watching"] {
+            assert_eq!(known("a", 1, state, 0).serves("a"), Ok(()), "{state}");
+        }
         assert!(known("a", 1, STEADY, 0).serves("b").is_err());
-        for state in ["fencing", CONFLICT, "quarantined", "", "something new"] {
+        for state in [
+            "closing",
+            "fencing",
+            CONFLICT,
+            "quarantined",
+            "",
+            "something new",
+        ] {
             assert!(known("a", 1, state, 0).serves("a").is_err(), "{state}");
         }
     }

@@ -82,7 +82,7 @@ async fn read_records(standby: &Standby, whereabouts: &Whereabouts, health: &Hea
                 if is_here {
                     health.succeeded(Scope::State, "", "control");
                 }
-                answers.push(answer);
+                answers.push((label.as_str(), answer));
             }
             // Without its own state table a worker knows nothing, and a record that it cannot read may
             // say anything.
@@ -97,7 +97,7 @@ async fn read_records(standby: &Standby, whereabouts: &Whereabouts, health: &Hea
             }
             Err(_) => {
                 silent.push(label.as_str());
-                answers.push(Answer::Unreachable);
+                answers.push((label.as_str(), Answer::Unreachable));
             }
         }
     }
@@ -107,9 +107,9 @@ async fn read_records(standby: &Standby, whereabouts: &Whereabouts, health: &Hea
         state,
         read,
     };
-    match decide(&answers) {
+    match decide(answers.iter().map(|(_, answer)| answer)) {
         Verdict::Decided { active, epoch } => {
-            let state = state_of(&answers, epoch);
+            let state = state_of(&answers, &active, epoch);
             whereabouts.set(known(active, epoch, state));
         }
         Verdict::FromFile => whereabouts.set(known(standby.by_file.clone(), 1, STEADY.to_owned())),
@@ -139,22 +139,20 @@ fn answer_of(answer: Result<Option<ControlRow>, Fault>, group: &str) -> Result<A
     }
 }
 
-/// The state of `epoch`: of two records that have it, the one that is not steady counts.
-fn state_of(answers: &[Answer], epoch: u64) -> String {
-    let states = answers.iter().filter_map(|answer| match answer {
-        Answer::Record(record) if record.epoch == epoch => Some(record.state.as_str()),
+/// The state of `epoch`, as the region says that it makes active: its record is the one that counts, and
+/// those of other regions are copies. Where it does not answer, a copy that is not steady goes first.
+fn state_of(answers: &[(&str, Answer)], active: &str, epoch: u64) -> String {
+    let states = answers.iter().filter_map(|(label, answer)| match answer {
+        Answer::Record(record) if record.epoch == epoch => Some((*label, record.state.as_str())),
         _ => None,
     });
-    states
-        .max_by_key(|state| *state != STEADY)
-        .unwrap_or(STEADY)
-        .to_owned()
+    let counts = states.max_by_key(|(label, state)| (*label == active, *state != STEADY));
+    counts.map_or(STEADY, |(_, state)| state).to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::row::ControlRow;
 
     fn record(epoch: u64, state: &str) -> Answer {
         let mut row = ControlRow::first("g", "a", "test", "now".into());
@@ -163,10 +161,16 @@ mod tests {
     }
 
     #[test]
-    fn of_two_records_of_an_epoch_the_one_under_way_counts() {
-        let both = [record(2, STEADY), record(2, "fencing"), record(1, "other")];
-        assert_eq!(state_of(&both, 2), "fencing");
-        assert_eq!(state_of(&both[..1], 2), STEADY);
-        assert_eq!(state_of(&[Answer::None, record(1, "other")], 1), "other");
+    fn the_record_of_the_active_region_counts_and_then_the_copy_that_is_not_steady() {
+        let copies = [
+            ("b", record(2, STEADY)),
+            ("c", record(2, "quarantined")),
+            ("d", record(1, "other")),
+        ];
+        assert_eq!(state_of(&copies, "a", 2), "quarantined");
+        assert_eq!(state_of(&copies, "b", 2), STEADY);
+        assert_eq!(state_of(&copies[..1], "a", 2), STEADY);
+        let none = [("a", Answer::None), ("d", record(1, "other"))];
+        assert_eq!(state_of(&none, "a", 1), "other");
     }
 }
