@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::actions::template::Template;
 
-pub(super) use check::{Written, Wrong, checked, deserialize, unknown_region};
+pub(super) use check::{CALLS_AWS, Written, Wrong, checked, deserialize, unknown_region};
 
 /// One thing to do after the fence.
 #[derive(Debug, Clone, PartialEq)]

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::actions::{Written, Wrong, checked, unknown_region};
+use super::actions::{CALLS_AWS, Written, Wrong, checked, unknown_region};
 use super::{Config, keys};
 use crate::error::Failure;
 
@@ -85,7 +85,7 @@ pub fn parse(name: &str, text: &str, environment: &[(String, String)]) -> Result
             refused(format!("actions: {}", error.message()), next)
         })
     })?;
-    checked(written.actions).map_err(wrong_action)?;
+    checked(written.actions, CALLS_AWS).map_err(wrong_action)?;
     // Parsed once without the environment, so that an error in the file can name its line.
     let typed = toml::from_str::<Config>(text);
     if let Err(error) = &typed

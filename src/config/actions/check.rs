@@ -32,6 +32,9 @@ const NAME_CHARS_MAX: usize = 64;
 /// Route 53 takes up to 2,147,483,647 s; a day is a mistake for a record that moves.
 const TTL_MAX: Duration = Duration::from_secs(86_400);
 
+/// Whether this build has the clients for actions that call AWS.
+pub(in crate::config) const CALLS_AWS: bool = cfg!(feature = "actions");
+
 /// What the file writes for an action.
 #[derive(Debug, Clone, Deserialize)]
 pub(in crate::config) struct Written {
@@ -153,7 +156,7 @@ pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<Action>, D::Error> {
     let written = Vec::deserialize(deserializer)?;
-    checked(written).map_err(serde::de::Error::custom)
+    checked(written, CALLS_AWS).map_err(serde::de::Error::custom)
 }
 
 /// The first action that names a region which is none of `regions`.
@@ -179,7 +182,12 @@ pub(in crate::config) fn unknown_region(
 }
 
 /// Makes actions of what a file writes.
-pub(in crate::config) fn checked(written: Vec<Written>) -> Result<Vec<Action>, Wrong> {
+///
+/// `calls_aws`: whether there is a client for those that call AWS.
+pub(in crate::config) fn checked(
+    written: Vec<Written>,
+    calls_aws: bool,
+) -> Result<Vec<Action>, Wrong> {
     let mut names = BTreeSet::new();
     let mut actions = Vec::new();
     for (index, written) in written.into_iter().enumerate() {
@@ -189,6 +197,16 @@ pub(in crate::config) fn checked(written: Vec<Written>) -> Result<Vec<Action>, W
                 "kind",
                 format!("there are more than {ACTIONS_MAX} actions"),
                 "Put what belongs together into one command",
+            ));
+        }
+        if written.kind.calls_aws() && !calls_aws {
+            return Err(check.wrong(
+                "kind",
+                format!(
+                    "this build cannot call AWS for an action, and `{}` does",
+                    written.kind.name()
+                ),
+                "Use a build with the cargo feature `actions`, or a command that does it",
             ));
         }
         let action = check.action(written)?;
@@ -223,16 +241,6 @@ impl Check {
         let kind = written.kind;
         self.general(&written)?;
         self.only_its_keys(&written)?;
-        if kind.calls_aws() && cfg!(not(feature = "actions")) {
-            return Err(self.wrong(
-                "kind",
-                format!(
-                    "this build cannot call AWS for an action, and `{}` does",
-                    kind.name()
-                ),
-                "Use a build with the cargo feature `actions`, or a command that does it",
-            ));
-        }
         let name = written.name.clone();
         Ok(Action {
             name: name.unwrap_or_else(|| format!("{}-{}", kind.name(), self.index + 1)),

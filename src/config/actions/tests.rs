@@ -37,7 +37,6 @@ fn why(text: &str) -> String {
 }
 
 #[test]
-#[cfg(feature = "actions")]
 fn each_kind_has_its_defaults_and_a_name_by_its_place() {
     let loaded = parse("farshore.toml", &with(&EACH), &[]).unwrap();
     let actions = loaded.config.actions;
@@ -72,18 +71,18 @@ fn each_kind_has_its_defaults_and_a_name_by_its_place() {
 }
 
 #[test]
-#[cfg(not(feature = "actions"))]
 fn a_build_that_cannot_call_aws_refuses_an_action_that_does() {
-    for action in &EACH[..3] {
-        parse("farshore.toml", &with(&[action]), &[]).unwrap();
-    }
-    for action in &EACH[3..] {
-        let text = why(&with(&[action]));
-        assert!(
-            text.contains("line 11, actions[0].kind: this build"),
-            "{text}"
-        );
-        assert!(text.contains("cargo feature `actions`"), "{text}");
+    for (index, action) in EACH.into_iter().enumerate() {
+        let written = vec![toml::from_str(action).unwrap()];
+        match checked(written, false) {
+            Ok(actions) => assert!(index < 3, "{actions:?}"),
+            Err(wrong) => {
+                assert!(index >= 3, "{wrong}");
+                let text = wrong.to_string();
+                assert!(text.contains("actions[0].kind: this build"), "{text}");
+                assert!(wrong.next.contains("cargo feature `actions`"), "{wrong:?}");
+            }
+        }
     }
 }
 
@@ -92,9 +91,6 @@ fn a_build_that_cannot_call_aws_refuses_an_action_that_does() {
 fn what_a_kind_needs_is_missed_by_name() {
     for action in EACH {
         for line in action.lines().skip(1) {
-            if cfg!(not(feature = "actions")) && !EACH[..3].contains(&action) {
-                continue;
-            }
             let text = why(&with(&[EACH[0], &action.replace(line, "")]));
             let field = line.split(' ').next().unwrap();
             let names = format!("actions[1].{field}: it is missing");
@@ -236,7 +232,6 @@ fn what_is_wrong_in_an_action_names_its_field_and_line() {
 }
 
 #[test]
-#[cfg(feature = "actions")]
 fn what_is_wrong_in_an_action_that_calls_aws_names_its_field_and_line() {
     let [.., parameter, topic, record] = EACH;
     for (action, more, names) in [
@@ -298,7 +293,6 @@ fn what_is_wrong_in_an_action_that_calls_aws_names_its_field_and_line() {
 
 /// The actions that `config/default.toml` shows as comments are right as they stand.
 #[test]
-#[cfg(feature = "actions")]
 fn the_actions_of_the_default_file_are_right() {
     let text = include_str!("../../../config/default.toml");
     let (used, shown) = text.split_once("# [[actions]]").unwrap();
@@ -324,7 +318,6 @@ fn the_actions_of_the_default_file_are_right() {
 
 /// Every example of `docs/ACTIONS.md` is right as it stands, and there is one of each kind.
 #[test]
-#[cfg(feature = "actions")]
 fn the_examples_of_the_page_are_right() {
     let page = include_str!("../../../docs/ACTIONS.md");
     let examples = page.split("```toml\n").skip(1);
