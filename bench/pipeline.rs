@@ -9,6 +9,9 @@
 //! no leases, no order, no checkpoints. `ratio_to_ceiling` is source records a second of the one by those of
 //! the other, in one run. Machines are noisy: both take turns for some rounds, and the round with the median
 //! ratio is shown.
+//!
+//! `-- --idle` asks what a worker costs whose shards hold nothing, at default settings: calls, renewals and
+//! memory.
 
 #[path = "pipeline/ceiling.rs"]
 mod ceiling;
@@ -20,44 +23,39 @@ mod null;
 #[allow(dead_code, reason = "its processes do not end by themselves")]
 mod process;
 
-use std::io::{BufRead, BufReader};
-use std::os::unix::process::CommandExt;
+#[path = "pipeline/stage.rs"]
+mod stage;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use aws_sdk_dynamodb::types::{
-    AttributeDefinition, BillingMode, KeySchemaElement, KeyType, ScalarAttributeType,
-    StreamSpecification, StreamViewType,
-};
 use clap::{Parser, Subcommand};
-use http_body_util::{BodyExt, Empty};
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::TokioExecutor;
 use serde_json::json;
 
 use load::{Keys, Load};
-use null::{Address, Seen};
-use process::{Running, farshore, peak_bytes_of, ticks_of};
+use null::Seen;
+use process::{Running, peak_bytes_of, ticks_of};
+use stage::{CORE, Endpoint, Measured, Worker, by_worker, on_core, own, pinned};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
 pub const SOURCE_TABLE: &str = "bench";
 pub const TARGET_TABLE: &str = "bench-replica";
-const SOURCE: &str = "us-east-1";
-const TARGET: &str = "us-west-2";
-/// Longest time for one row.
-const PATIENCE: Duration = Duration::from_secs(10 * 60);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Batches of a shard in flight, for the ceiling: the worker's default.
 const CONCURRENCY: usize = 32;
-/// The core of what is measured, and that of everything else.
-const CORE: usize = 0;
-const OTHER_CORE: usize = 1;
-
 /// What the worker should reach of the ceiling with distinct keys of 1 KB.
 const RATIO_MIN: f64 = 0.80;
 const CALLS_MAX: f64 = 45.0;
+/// What it may take while it catches up a hundred shards.
+const PEAK_MAX: u64 = 256_000_000;
+
+/// What an idle shard may cost: calls of GetRecords a second.
+const IDLE_READS_MAX: f64 = 1.2;
+/// And a hundred of them, in bytes.
+const IDLE_PEAK_MAX: u64 = 64_000_000;
+/// How long a worker settles before it counts as idle, and how long it is looked at.
+const IDLE_AFTER: Duration = Duration::from_secs(15);
+const IDLE_FOR: Duration = Duration::from_secs(30);
 
 #[derive(Parser)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -79,6 +77,9 @@ struct Arguments {
     /// Only rows with such keys.
     #[arg(long)]
     keys: Option<Keys>,
+    /// Instead of all that: what idle shards cost.
+    #[arg(long)]
+    idle: bool,
     /// Also writes the rows as JSON to this file.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -92,6 +93,8 @@ struct Arguments {
 enum Role {
     #[command(hide = true)]
     Null {
+        #[arg(long)]
+        round_trip_ms: u64,
         #[command(flatten)]
         load: Load,
     },
@@ -117,11 +120,14 @@ struct Row {
     ceiling: Measured,
 }
 
-struct Measured {
+/// What a worker with idle shards costs.
+struct Idle {
+    shards: u64,
     seconds: f64,
     processor_seconds: f64,
     peak_bytes: u64,
-    seen: Seen,
+    before: Seen,
+    after: Seen,
 }
 
 fn main() -> Result<(), Error> {
@@ -135,50 +141,17 @@ fn main() -> Result<(), Error> {
         .build()?
         .block_on(async {
             match &arguments.role {
-                Some(Role::Null { load }) => null::serve(*load, Duration::ZERO).await,
+                Some(Role::Null {
+                    round_trip_ms,
+                    load,
+                }) => null::serve(*load, Duration::from_millis(*round_trip_ms)).await,
                 Some(Role::Ceiling { endpoint, load }) => {
                     ceiling::replay(endpoint, *load, CONCURRENCY).await
                 }
+                _ if arguments.idle => idle(&arguments).await,
                 _ => measure(&arguments).await,
             }
         })
-}
-
-/// Becomes `command`, on one core.
-fn on_core(core: usize, command: &[String]) -> Result<(), Error> {
-    let mut cores = rustix::thread::CpuSet::new();
-    cores.set(core);
-    rustix::thread::sched_setaffinity(None, &cores)?;
-    let (program, arguments) = command.split_first().ok_or("no command")?;
-    Err(Command::new(program).args(arguments).exec().into())
-}
-
-/// `command` on one core.
-fn pinned(core: usize, command: Command) -> Result<Command, Error> {
-    let mut on = Command::new(std::env::current_exe()?);
-    on.args(["on", &core.to_string(), "--"]);
-    on.arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => on.env(name, value),
-            None => on.env_remove(name),
-        };
-    }
-    Ok(on)
-}
-
-fn own(role: &str, arguments: &[&str], load: Load) -> Result<Command, Error> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg(role).args(arguments);
-    command.args(["--shards", &load.shards.to_string()]);
-    command.args(["--records", &load.records.to_string()]);
-    command.args(["--item-bytes", &load.item_bytes.to_string()]);
-    let keys = match load.keys {
-        Keys::Distinct => "distinct",
-        Keys::Hot => "hot",
-    };
-    command.args(["--keys", keys]);
-    Ok(command)
 }
 
 async fn measure(arguments: &Arguments) -> Result<(), Error> {
@@ -205,10 +178,13 @@ async fn measure(arguments: &Arguments) -> Result<(), Error> {
                 };
                 let mut rounds = Vec::new();
                 for _ in 0..arguments.rounds {
+                    let endpoint = Endpoint::start(load, Duration::ZERO).await?;
+                    let ceiling = by_ceiling(&endpoint, load).await?;
+                    let endpoint = Endpoint::start(load, Duration::ZERO).await?;
                     rounds.push(Row {
                         load,
-                        ceiling: by_ceiling(load).await?,
-                        worker: by_worker(temp.path(), load).await?,
+                        ceiling,
+                        worker: by_worker(temp.path(), &endpoint).await?,
                     });
                 }
                 rounds.sort_by(|a, b| a.ratio().total_cmp(&b.ratio()));
@@ -225,69 +201,7 @@ async fn measure(arguments: &Arguments) -> Result<(), Error> {
     Ok(())
 }
 
-/// A running null endpoint.
-struct Endpoint {
-    _process: Running,
-    address: Address,
-}
-
-impl Endpoint {
-    async fn start(load: Load) -> Result<Self, Error> {
-        let mut command = pinned(OTHER_CORE, own("null", &[], load)?)?;
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = Running(command.spawn()?);
-        let stdout = process.0.stdout.take().ok_or("no standard output")?;
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
-        Ok(Self {
-            _process: process,
-            address: serde_json::from_str(&line)?,
-        })
-    }
-
-    async fn seen(&self) -> Result<Seen, Error> {
-        let client = Client::builder(TokioExecutor::new()).build_http::<Empty<bytes::Bytes>>();
-        let answer = client.get(self.address.null.parse()?).await?;
-        let body = answer.into_body().collect().await?.to_bytes();
-        Ok(serde_json::from_slice(&body)?)
-    }
-
-    /// Watches `process` until everything is written.
-    async fn watch(&self, process: &mut Running) -> Result<Measured, Error> {
-        let begun = Instant::now();
-        let id = process.0.id();
-        let (mut peak_bytes, mut ticks_before, mut ticks) = (0, None, 0);
-        loop {
-            peak_bytes = peak_bytes_of(id).unwrap_or(0).max(peak_bytes);
-            ticks = ticks_of(id).unwrap_or(ticks);
-            let seen = self.seen().await?;
-            if seen.begun {
-                ticks_before.get_or_insert(ticks);
-            }
-            if let Some(took_us) = seen.took_us {
-                let ticks = ticks - ticks_before.unwrap_or(0);
-                return Ok(Measured {
-                    seconds: took_us as f64 / 1e6,
-                    processor_seconds: ticks as f64 / process::TICKS_PER_SECOND,
-                    peak_bytes,
-                    seen,
-                });
-            }
-            if let Some(status) = process.0.try_wait()?
-                && !status.success()
-            {
-                return Err(format!("what is measured ended: {status}").into());
-            }
-            if begun.elapsed() > PATIENCE {
-                return Err(format!("not done within {PATIENCE:?}: {seen:?}").into());
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-    }
-}
-
-async fn by_ceiling(load: Load) -> Result<Measured, Error> {
-    let endpoint = Endpoint::start(load).await?;
+async fn by_ceiling(endpoint: &Endpoint, load: Load) -> Result<Measured, Error> {
     let mut command = own("ceiling", &[&endpoint.address.null], load)?;
     command
         .env("AWS_ACCESS_KEY_ID", "bench")
@@ -296,87 +210,120 @@ async fn by_ceiling(load: Load) -> Result<Measured, Error> {
     endpoint.watch(&mut process).await
 }
 
-async fn by_worker(directory: &Path, load: Load) -> Result<Measured, Error> {
-    let endpoint = Endpoint::start(load).await?;
-    create_tables(&endpoint.address.behind).await?;
-    let config = config(directory, &endpoint.address.null)?;
-    let provisioned = farshore(&config, &["provision", "--apply"]).output()?;
-    if !provisioned.status.success() {
-        return Err(String::from_utf8_lossy(&provisioned.stderr).into());
+async fn idle(arguments: &Arguments) -> Result<(), Error> {
+    let temp = tempfile::tempdir()?;
+    let mut rows = Vec::new();
+    for shards in [1, 100] {
+        if arguments.shards.is_none_or(|wanted| wanted == shards) {
+            let row = idle_shards(temp.path(), shards).await?;
+            row.print(rows.is_empty());
+            rows.push(row);
+        }
     }
-    let mut command = pinned(CORE, farshore(&config, &["run"]))?;
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(std::fs::File::create(directory.join("stderr"))?);
-    let mut process = Running(command.spawn()?);
-    let measured = endpoint.watch(&mut process).await;
-    measured.map_err(|error| {
-        let log = std::fs::read_to_string(directory.join("stderr")).unwrap_or_default();
-        let last: Vec<&str> = log.lines().rev().take(20).collect();
-        format!("{error}\n{}", last.join("\n")).into()
-    })
-}
-
-async fn create_tables(endpoint: &str) -> Result<(), Error> {
-    let sdk = aws_config::defaults(aws_config::BehaviorVersion::v2026_01_12())
-        .region(aws_config::Region::new(SOURCE))
-        .credentials_provider(aws_credential_types::Credentials::new(
-            "bench", "bench", None, None, "bench",
-        ))
-        .endpoint_url(endpoint)
-        .load()
-        .await;
-    let client = aws_sdk_dynamodb::Client::new(&sdk);
-    for table in [SOURCE_TABLE, TARGET_TABLE] {
-        let key = AttributeDefinition::builder()
-            .attribute_name("id")
-            .attribute_type(ScalarAttributeType::S);
-        let hash = KeySchemaElement::builder()
-            .attribute_name("id")
-            .key_type(KeyType::Hash);
-        let stream = StreamSpecification::builder()
-            .stream_enabled(true)
-            .stream_view_type(StreamViewType::NewAndOldImages)
-            .build()?;
-        client
-            .create_table()
-            .table_name(table)
-            .attribute_definitions(key.build()?)
-            .key_schema(hash.build()?)
-            .billing_mode(BillingMode::PayPerRequest)
-            .set_stream_specification((table == SOURCE_TABLE).then_some(stream))
-            .send()
-            .await?;
+    if let Some(file) = &arguments.json {
+        let rows: Vec<_> = rows.iter().map(Idle::as_json).collect();
+        std::fs::write(file, json!({"version": 1, "idle": rows}).to_string())?;
     }
     Ok(())
 }
 
-fn config(directory: &Path, endpoint: &str) -> Result<PathBuf, Error> {
-    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let letters = directory.join("letters");
-    let text = format!(
-        r#"group = "bench"
-active = "{SOURCE}"
-here = "{TARGET}"
-[regions.{SOURCE}]
-endpoint_url = "{endpoint}"
-[regions.{TARGET}]
-endpoint_url = "{endpoint}"
-[[tables]]
-name = "{SOURCE_TABLE}"
-names = {{ {TARGET} = "{TARGET_TABLE}" }}
-[writes]
-units_per_second = 0
-[dead_letters]
-directory = {letters:?}
-[worker]
-listen = "{port}"
-"#
-    );
-    let file = directory.join("farshore.toml");
-    std::fs::write(&file, text)?;
-    Ok(file)
+async fn idle_shards(directory: &Path, shards: u64) -> Result<Idle, Error> {
+    let load = Load {
+        shards,
+        records: 0,
+        item_bytes: 1_000,
+        keys: Keys::Distinct,
+    };
+    let endpoint = Endpoint::start(load, Duration::ZERO).await?;
+    let worker = Worker::start(directory, &endpoint).await?;
+    let id = worker.process.0.id();
+    let begun = Instant::now();
+    while !endpoint.seen().await?.begun {
+        if begun.elapsed() > IDLE_FOR {
+            return Err(worker.explain(&"not all shards are read".into()));
+        }
+        tokio::time::sleep(IDLE_AFTER / 100).await;
+    }
+    tokio::time::sleep(IDLE_AFTER).await;
+    let (start, before) = (Instant::now(), endpoint.seen().await?);
+    let ticks = ticks_of(id).ok_or("the worker ended")?;
+    tokio::time::sleep(IDLE_FOR).await;
+    let after = endpoint.seen().await?;
+    Ok(Idle {
+        shards,
+        seconds: start.elapsed().as_secs_f64(),
+        processor_seconds: (ticks_of(id).ok_or("the worker ended")? - ticks) as f64
+            / process::TICKS_PER_SECOND,
+        peak_bytes: peak_bytes_of(id).unwrap_or(0),
+        before,
+        after,
+    })
+}
+
+impl Idle {
+    /// Calls of `operation` a second.
+    fn per_second(&self, operation: &str) -> f64 {
+        let calls = |seen: &Seen| seen.calls.get(operation).copied().unwrap_or(0);
+        (calls(&self.after) - calls(&self.before)) as f64 / self.seconds
+    }
+
+    fn reads_per_shard(&self) -> f64 {
+        self.per_second("GetRecords") / self.shards as f64
+    }
+
+    /// Every renewal is a PutItem; so is the worker's own row, once in a while.
+    fn renewals_per_shard(&self) -> f64 {
+        self.per_second("PutItem") / self.shards as f64
+    }
+
+    fn processor_percent(&self) -> f64 {
+        self.processor_seconds * 100.0 / self.seconds
+    }
+
+    fn print(&self, first: bool) {
+        if first {
+            println!(
+                "{:>7} {:>18} {:>16} {:>13} {:>7} {:>9}",
+                "shards",
+                "GetRecords/s/shard",
+                "PutItem/s/shard",
+                "other calls/s",
+                "CPU %",
+                "peak MB"
+            );
+        }
+        let missed = |is_missed: bool| if is_missed { "!" } else { " " };
+        println!(
+            "{:>7} {:>17.2}{} {:>16.3} {:>13.2} {:>7.1} {:>8.1}{}",
+            self.shards,
+            self.reads_per_shard(),
+            missed(self.reads_per_shard() > IDLE_READS_MAX),
+            self.renewals_per_shard(),
+            self.others_per_second(),
+            self.processor_percent(),
+            self.peak_bytes as f64 / 1e6,
+            missed(self.peak_bytes > IDLE_PEAK_MAX),
+        );
+    }
+
+    fn others_per_second(&self) -> f64 {
+        let all: u64 = self.after.calls.values().sum();
+        let before: u64 = self.before.calls.values().sum();
+        let known = self.per_second("GetRecords") + self.per_second("PutItem");
+        (all - before) as f64 / self.seconds - known
+    }
+
+    fn as_json(&self) -> serde_json::Value {
+        json!({
+            "shards": self.shards,
+            "seconds": self.seconds,
+            "get_records_per_second_and_shard": self.reads_per_shard(),
+            "put_item_per_second_and_shard": self.renewals_per_shard(),
+            "other_calls_per_second": self.others_per_second(),
+            "cpu_percent": self.processor_percent(),
+            "peak_bytes": self.peak_bytes,
+        })
+    }
 }
 
 impl Row {
@@ -417,7 +364,7 @@ impl Row {
         let missed = |is_missed: bool| if is_missed { "!" } else { " " };
         let is_judged = self.load.item_bytes == 1_000 && self.load.keys == Keys::Distinct;
         println!(
-            "{:>7} {:>8} {:>9} {:>11.0} {:>11.0} {:>6.2}{} {:>9.1} {:>9.1} {:>9.1}{} {:>8.0}",
+            "{:>7} {:>8} {:>9} {:>11.0} {:>11.0} {:>6.2}{} {:>9.1} {:>9.1} {:>9.1}{} {:>8.0}{}",
             self.load.shards,
             self.load.item_bytes,
             format!("{:?}", self.load.keys).to_lowercase(),
@@ -430,6 +377,7 @@ impl Row {
             self.calls_per_thousand(),
             missed(is_judged && self.calls_per_thousand() > CALLS_MAX),
             self.worker.peak_bytes as f64 / 1e6,
+            missed(self.worker.peak_bytes > PEAK_MAX),
         );
     }
 

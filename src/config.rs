@@ -239,8 +239,10 @@ impl Default for Leases {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Writes {
-    /// Write units per second and table; 0 means no limit.
+    /// Write units per second and table, for the whole fleet; 0 means no limit.
     pub units_per_second: u32,
+    /// Whether throttling slows the writes.
+    pub adaptive: bool,
     /// Whether of several changes of one item only the last is written.
     pub coalesce: bool,
 }
@@ -250,6 +252,8 @@ impl Default for Writes {
         Self {
             // What a new on-demand table takes without throttling.
             units_per_second: 4_000,
+            // What is refused was sent in vain, and costs the replica a call all the same.
+            adaptive: true,
             coalesce: true,
         }
     }

@@ -29,6 +29,7 @@
 //! | copy, mend gaps | [`lease::gaps`] (pure), [`run::whole`], [`run::job`] | drained and pinned before anything is compared; closed once verified |
 //! | checkpoint | [`run::shard`] | follows the data, never the reading |
 //! | in doubt | [`lease::doubts`] (pure), [`run::doubts`], [`repair`] | a write that may take effect late is repaired by key once it no longer can |
+//! | be seen | [`observe::recovery`], [`observe::headline`], [`observe::view`] (pure); [`run::seen`] | the recovery point is never shown younger than the truth |
 //!
 //! # The house
 //!
@@ -41,7 +42,7 @@
 //! * [`jobs`] are one-shot: provision, redrive, reconcile. What writes holds a row ([`lease::hold`]).
 //! * [`error`] maps every error to one policy, and holds the sentences that people read.
 //! * [`dynamo`] makes the SDK clients, and knows items, keys and tables.
-//! * [`observe`] is what the outside sees: metrics, health. [`observe::liveness`] (pure) says what a
+//! * [`observe`] is what the outside sees: metrics, health, status. [`observe::liveness`] (pure) says what a
 //!   missing sign of life means; [`run::vital`] and the supervision in [`run`] heal it.
 //! * `embedded` (cargo feature) is a DynamoDB inside the program, and a gateway that does to it
 //!   what AWS does.

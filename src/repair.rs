@@ -49,9 +49,9 @@ use crate::dynamo::clock::host_ms;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::batch_get;
 use crate::dynamo::transmit::Bound;
-use crate::dynamo::value::{Item, same_item};
+use crate::dynamo::value::{Item, UnknownType, item_bytes, same_item};
 use crate::error::{Class, Fault, Operation, Policy};
-use crate::stream::change::Change;
+use crate::stream::change::{Change, write_units};
 
 /// How often the source of one key is read before it counts as too hot to settle now.
 const ROUNDS_MAX: usize = 20;
@@ -408,9 +408,14 @@ impl Repairer<'_> {
         let mut ops: Vec<Op> = Vec::with_capacity(open.len());
         for (slot, key) in open.iter().enumerate() {
             if let Step::Write(held) = key.repair.step() {
+                let change = Change::of_item(&key.keys, held.0.as_deref(), host_ms());
+                let mut change = change.map_err(not_built)?;
+                // What is replaced is paid for as well, where that is larger.
+                let held = key.held.as_deref().map_or(0, item_bytes);
+                change.units = change.units.max(write_units(held));
                 ops.push(Op {
                     slot: slot as u64,
-                    change: Arc::new(Change::of_item(&key.keys, held.0.as_deref(), host_ms())),
+                    change: Arc::new(change),
                 });
             }
         }
@@ -521,6 +526,16 @@ impl Repairer<'_> {
         }
         Ok(found)
     }
+}
+
+/// A write that cannot be spelled.
+fn not_built(unknown: UnknownType) -> Unfinished {
+    Unfinished::Failed(Fault::own(
+        Operation::Write,
+        Class::Unknown,
+        "request not built",
+        unknown.to_string(),
+    ))
 }
 
 #[cfg(test)]

@@ -21,7 +21,9 @@ pub mod letter;
 pub mod letters;
 pub mod lookout;
 pub mod member;
+pub mod proven;
 pub mod rows;
+pub mod seen;
 pub mod shard;
 pub mod source;
 pub mod start;
@@ -42,12 +44,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::batch::Writer;
-use crate::apply::budget::Budget;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
 use crate::dynamo::Regions;
 use crate::error::Exit;
+use crate::lease::budget_keeper::BudgetKeeper;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
@@ -61,6 +63,7 @@ use fleet::Fleet;
 use halt::Halts;
 use member::Member;
 use rows::{Snapshot, watch_rows};
+use seen::{Feeding, Standby};
 use start::{Feed, Role};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -76,6 +79,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A worker, ready to run.
 pub struct Worker {
     config: Config,
+    here: String,
     role: Role,
     listener: TcpListener,
     metrics: Option<PrometheusHandle>,
@@ -96,6 +100,7 @@ impl Worker {
         Self {
             whereabouts: Whereabouts::new(&loaded, regions),
             config: loaded.config,
+            here: loaded.here,
             role,
             listener,
             metrics,
@@ -123,10 +128,12 @@ impl Worker {
             }
         }
         let serving = CancellationToken::new();
+        let stage = server::Stage::default();
         let server = tokio::spawn(server::serve(
             self.listener,
             Arc::clone(&self.health),
             self.metrics.clone(),
+            Arc::clone(&stage),
             self.whereabouts.clone(),
             serving.clone(),
         ));
@@ -136,8 +143,13 @@ impl Worker {
                     active = standby.active,
                     "standby: this region is active, nothing is fed into it"
                 );
-                self.health.set_standby(&standby.active);
                 let lease = self.config.leases.duration;
+                self.health.set_standby(&standby.active);
+                metrics::standby();
+                let seen =
+                    Standby::new(self.config, self.here, standby.active.clone(), &self.health);
+                // It is set nowhere else.
+                let _ = stage.set(Arc::new(seen));
                 let health = Arc::clone(&self.health);
                 let watched = announce::watch_records(standby, lease, self.whereabouts, health);
                 // Ends with the beat, which ends with `stop`.
@@ -153,7 +165,7 @@ impl Worker {
                     self.config,
                     *feed,
                     health,
-                    (self.board, self.whereabouts),
+                    (self.board, stage, self.whereabouts),
                     self.metrics.as_ref(),
                     &stop,
                 )
@@ -172,18 +184,19 @@ async fn feed_until(
     config: Config,
     feed: Feed,
     health: Arc<Health>,
-    (board, whereabouts): (Arc<Board>, Whereabouts),
+    (board, stage, whereabouts): (Arc<Board>, server::Stage, Whereabouts),
     metrics: Option<&PrometheusHandle>,
     stop: &CancellationToken,
 ) -> Exit {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
-    let writers = writers(&config, &feed);
     let owner = owner();
     let began = (feed.active.clone(), feed.epoch);
     let told = announce::tell_of_snapshots(rows.clone(), began, whereabouts);
+    let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
-        writers,
+        writers: writers(&config, &feed, &budgets),
+        budgets,
         epoch: feed.epoch,
         fleet: Arc::new(Fleet::new(&owner, feed.epoch, config.leases.duration)),
         member: Member::new(feed.state.clone(), &owner, feed.epoch),
@@ -212,6 +225,8 @@ async fn feed_until(
         owner = shared.owner,
         "feeding"
     );
+    // It is set nowhere else.
+    let _ = stage.set(Arc::new(Feeding::new(&shared)));
     shared.health.expect_life(Limits::of(&shared.config));
     metrics::begin_worker();
     // Dropped with this function, and their tasks with them.
@@ -220,6 +235,7 @@ async fn feed_until(
     keepers.spawn(told);
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
+    keepers.spawn(member::keep_budgets(Arc::clone(&shared)));
     let mut repairs = JoinSet::new();
     for table in &shared.config.tables {
         repairs.spawn(keep_repairing(
@@ -447,9 +463,9 @@ async fn keep_auditing(shared: Arc<Shared>, table: Table, stop: CancellationToke
 }
 
 /// One writer for each replica.
-fn writers(config: &Config, feed: &Feed) -> BTreeMap<String, Arc<Writer>> {
+fn writers(config: &Config, feed: &Feed, budgets: &BudgetKeeper) -> BTreeMap<String, Arc<Writer>> {
     let writer = |table: &Table| {
-        let budget = Arc::new(Budget::new(config.units_per_second(table)));
+        let budget = budgets.budget(&table.name);
         let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
         Arc::new(Writer::new(
             feed.target.tables.clone(),

@@ -83,6 +83,39 @@ struct Lettered {
     refused: FaultHandle,
 }
 
+/// One page of 25 records is one batch: halving it finds each poison with two calls a halving.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn poison_is_found_with_two_calls_a_halving() {
+    const BATCH: usize = 25;
+    const HALVINGS: usize = 5;
+    for poison in [vec![0], vec![24], vec![7, 8], vec![3, 12, 19]] {
+        let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
+        let table = stand.table("orders");
+        stand.create_source(&table).await;
+        let settings = format!("name = \"{table}\"\nbootstrap = false");
+        let config = stand.config(&[&settings], "");
+        provision(&config);
+        let _refused = poisoned(&stand);
+        for id in 0..BATCH {
+            let kind = if poison.contains(&id) { "poison-" } else { "" };
+            put(&stand.source, &table, &format!("{kind}{id}"), id).await;
+        }
+        let worker = Worker::following(&config).await;
+        let arrived = async || waiting(&config) == poison.len() as u64;
+        eventually("all poison is lettered", Duration::from_secs(30), arrived).await;
+        let calls = stand.gateways[1].calls_where(|call| {
+            let writes = ["BatchWriteItem", "PutItem", "DeleteItem"];
+            writes.contains(&call.operation.as_str()) && call.tables.contains(&table)
+        });
+        // The whole batch first; then each is tried alone until it has been refused three times.
+        let most = 1 + poison.len() * (2 * HALVINGS + 2);
+        assert!(calls.len() <= most, "{poison:?}: {} calls", calls.len());
+        let first = calls.iter().map(|call| call.keys.len()).max();
+        assert_eq!(first, Some(BATCH), "not one batch: the count says nothing");
+        assert!(worker.stop().await.success());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_redrive_brings_all_letters_home_once_the_cause_is_mended() {
     let Lettered {

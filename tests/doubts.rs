@@ -342,7 +342,11 @@ async fn a_repair_slower_than_its_claim_comes_to_its_end() {
     let stand = Stand::gateways(Options::new(1), Options::new(1)).await;
     let table = stand.table("orders");
     let (first, _) = first_of_two(&stand, &table, &[]).await;
-    let config = stand.config(&[&table], "[writes]\nunits_per_second = 5\n");
+    let config = stand.config(&[&table], "[writes]\nunits_per_second = 10\n");
+    // The late writes come before the repair begins, however slowly all is applied.
+    let text =
+        common::stand::text_of(&config).replace("late_effect = \"5s\"", "late_effect = \"8s\"");
+    std::fs::write(&config, text).unwrap();
     stand.gateways[1].inject(Fault::hold_until_delivered().on("BatchWriteItem"));
     let write_all = async |value: u64| {
         for id in 0..20 {

@@ -33,7 +33,7 @@ fn program() -> PathBuf {
     let path = path.map_or_else(|| PathBuf::from("/usr/sbin/haproxy"), PathBuf::from);
     assert!(
         path.exists(),
-        "{} is missing: run .ci/haproxy, or set FARSHORE_HAPROXY",
+        "{} is missing: run .ci/watchers, or set FARSHORE_HAPROXY",
         path.display()
     );
     path
@@ -138,7 +138,7 @@ impl Seen {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs haproxy: .ci/haproxy installs Debian's package"]
+#[ignore = "needs haproxy: .ci/watchers installs Debian's package"]
 async fn traffic_moves_when_the_active_region_changes() {
     const NOBODY: &str = "no region is active";
     let lease = "1h";

@@ -381,13 +381,10 @@ async fn status_shows_pauses_doubts_and_workers() {
         assert!(text.contains(part), "{part} is missing:\n{text}");
     }
     let answer = json(&run(&["status", "--json", "--config", path]));
-    let expected = "active audits doubts epoch finishedShards gaps group here jobs pauses shards version workers";
+    let expected = "active at clock clockErrorSeconds deadLetters doubts epoch events flow gaps group headline headroomSeconds here history jobs outages pauses reasons recoveryPoint regions shards tables version worker workers";
     assert_eq!(fields(&answer).join(" "), expected);
     assert_eq!(answer["version"], 1);
-    assert_eq!(
-        fields(&answer["pauses"][0]).join(" "),
-        "by reason since table"
-    );
+    assert_eq!(fields(&answer["pauses"][0]).join(" "), "at by reason table");
     assert_eq!(answer["pauses"][0]["table"], table.as_str());
     assert_eq!(
         fields(&answer["doubts"][0]).join(" "),
@@ -400,7 +397,7 @@ async fn status_shows_pauses_doubts_and_workers() {
         ),
         (&2.into(), &1.into())
     );
-    let expected = "alive epoch id shards since updatedAt version";
+    let expected = "alive epoch id leaving shards since updatedAt version";
     assert_eq!(fields(&answer["workers"][0]).join(" "), expected);
     assert_eq!(answer["workers"][0]["alive"], true);
 }

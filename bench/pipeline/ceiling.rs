@@ -4,8 +4,7 @@
 use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::{AttributeValue, PutRequest, WriteRequest};
-use aws_sdk_dynamodbstreams::types::{Record, ShardIteratorType};
-use farshore::dynamo::value::item_from_stream;
+use aws_sdk_dynamodbstreams::types::{AttributeValue as StreamValue, Record, ShardIteratorType};
 use futures::stream::{StreamExt, TryStreamExt};
 use tokio::task::JoinSet;
 
@@ -83,8 +82,7 @@ async fn write(
         .map(|batch| async move {
             let mut requests = Vec::with_capacity(BATCH);
             for image in batch {
-                let item: HashMap<String, AttributeValue> =
-                    item_from_stream(image).map_err(|_| "an unknown type")?;
+                let item = item_from_stream(image).ok_or("an unknown type")?;
                 let put = PutRequest::builder().set_item(Some(item)).build()?;
                 requests.push(WriteRequest::builder().put_request(put).build());
             }
@@ -95,4 +93,35 @@ async fn write(
         .buffer_unordered(concurrency)
         .try_collect()
         .await
+}
+
+/// Moves an item from the types of the one client to those of the other; `None` where a type is unknown.
+pub fn item_from_stream(
+    item: HashMap<String, StreamValue>,
+) -> Option<HashMap<String, AttributeValue>> {
+    // Collecting options knows no size, and would grow the map step by step.
+    let mut moved = HashMap::with_capacity(item.len());
+    for (name, value) in item {
+        moved.insert(name, from_stream(value)?);
+    }
+    Some(moved)
+}
+
+fn from_stream(value: StreamValue) -> Option<AttributeValue> {
+    Some(match value {
+        StreamValue::S(text) => AttributeValue::S(text),
+        StreamValue::N(number) => AttributeValue::N(number),
+        // Both blobs are the same type of aws-smithy-types.
+        StreamValue::B(bytes) => AttributeValue::B(bytes),
+        StreamValue::Bool(flag) => AttributeValue::Bool(flag),
+        StreamValue::Null(flag) => AttributeValue::Null(flag),
+        StreamValue::Ss(set) => AttributeValue::Ss(set),
+        StreamValue::Ns(set) => AttributeValue::Ns(set),
+        StreamValue::Bs(set) => AttributeValue::Bs(set),
+        StreamValue::L(list) => {
+            AttributeValue::L(list.into_iter().map(from_stream).collect::<Option<_>>()?)
+        }
+        StreamValue::M(map) => AttributeValue::M(item_from_stream(map)?),
+        _ => return None,
+    })
 }

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::operation::batch_write_item::BatchWriteItemOutput;
 use aws_sdk_dynamodb::types::WriteRequest;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
 use super::coalesce::Op;
+use super::payment::{Funded, Payment, Strain};
 use super::request::{batch_body, replace_body};
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::table::{KeyPart, describe, primary_key, show_key};
@@ -70,6 +72,8 @@ pub struct Writer {
     /// The table's name in the configuration, for metrics.
     table: String,
     budget: Arc<Budget>,
+    /// What throttling leaves to those who write without a lane of their own.
+    lane: Arc<Budget>,
     max_attempts: u32,
     /// The primary key of source and replica, as they were when the worker started.
     key: Vec<KeyPart>,
@@ -84,8 +88,6 @@ enum Answer {
         unprocessed: Vec<usize>,
     },
     Failed(Fault),
-    /// Nothing was sent: the worker was asked to stop.
-    Stopped,
 }
 
 impl Writer {
@@ -102,11 +104,17 @@ impl Writer {
             client,
             target: target.to_owned(),
             table: table.to_owned(),
+            lane: Arc::new(budget.lane()),
             budget,
             max_attempts,
             key,
             key_seen: Mutex::new(None),
         }
+    }
+
+    /// The table's write budget.
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 
     /// Checks that the replica still has the key that the records have. With another one it
@@ -143,8 +151,21 @@ impl Writer {
     /// that it refuses stands alone. Returns early, with the rest unsent, at the first failure
     /// that is not the records' own.
     /// Once `stop` is cancelled nothing more is sent, however much of a batch or a budget is left.
+    /// A batch of one is a `BatchWriteItem`, too: it costs the same units, needs one permission instead of
+    /// three, is written without a copy of the item, and passes the same check when it leaves.
     pub async fn write(
         &self,
+        bound: &Arc<dyn Bound>,
+        stop: &CancellationToken,
+        ops: Vec<Op>,
+    ) -> Sent {
+        self.write_in(&self.lane, bound, stop, ops).await
+    }
+
+    /// As [`write`](Self::write), in a lane of its own: what is throttled for its keys' sake slows that alone.
+    pub async fn write_in(
+        &self,
+        lane: &Budget,
         bound: &Arc<dyn Bound>,
         stop: &CancellationToken,
         ops: Vec<Op>,
@@ -162,8 +183,22 @@ impl Writer {
                 sent.returned(group);
                 continue;
             }
-            match self.send(bound, stop, &group, &mut sent.unanswered).await {
-                Answer::Stopped => sent.returned(group),
+            let payment = match self.pay(lane, bound, stop, &group).await {
+                Ok(payment) => payment,
+                Err(fault) => {
+                    sent.returned(group);
+                    sent.fault = fault;
+                    continue;
+                }
+            };
+            if payment.count() < group.len() {
+                // The budget is small: the others wait for their units.
+                groups.push(group.split_off(payment.count()));
+            }
+            match self
+                .send(bound, payment, &group, &mut sent.unanswered)
+                .await
+            {
                 Answer::Done { unprocessed } => {
                     if !unprocessed.is_empty() {
                         sent.fault = Some(unprocessed_fault());
@@ -192,8 +227,28 @@ impl Writer {
                 }
             }
         }
-        self.try_alone(bound, stop, refused_alone, &mut sent).await;
+        self.try_alone(lane, bound, stop, refused_alone, &mut sent)
+            .await;
         sent
+    }
+
+    /// Waits until the first of `ops` may be written, one at least.
+    ///
+    /// # Errors
+    /// `None` once `stop` is cancelled; that `bound` is over, for then nobody waits for units any more.
+    async fn pay<'a>(
+        &'a self,
+        lane: &'a Budget,
+        bound: &Arc<dyn Bound>,
+        stop: &CancellationToken,
+        ops: &[Op],
+    ) -> Result<Payment<'a>, Option<Fault>> {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Err(None),
+            payment = Payment::make(lane, &self.budget, ops) => Ok(payment),
+            () = over(bound) => Err(Some(lease_over())),
+        }
     }
 
     /// Tries records alone until each has been refused `max_attempts` times, counting the one that
@@ -201,6 +256,7 @@ impl Writer {
     /// little.
     async fn try_alone(
         &self,
+        lane: &Budget,
         bound: &Arc<dyn Bound>,
         stop: &CancellationToken,
         mut refused: Vec<(Op, Fault)>,
@@ -222,9 +278,17 @@ impl Writer {
                 }
                 metrics::retried(&self.table, fault.class);
                 let one = std::slice::from_ref(&op);
-                let (outcome, other) = match self.send(bound, stop, one, &mut sent.unanswered).await
-                {
-                    Answer::Stopped => (Outcome::Returned, None),
+                let payment = match self.pay(lane, bound, stop, one).await {
+                    Ok(payment) => payment,
+                    Err(fault) => {
+                        sent.outcomes.push((op, Outcome::Returned));
+                        broken_off |= fault.is_some();
+                        sent.fault = fault.or(sent.fault.take());
+                        continue;
+                    }
+                };
+                let answer = self.send(bound, payment, one, &mut sent.unanswered);
+                let (outcome, other) = match answer.await {
                     Answer::Done { unprocessed } if unprocessed.is_empty() => {
                         (Outcome::Applied, None)
                     }
@@ -261,32 +325,26 @@ impl Writer {
         }
     }
 
-    /// One call, within `bound`. Takes note in `unanswered` of one that may take effect later.
+    /// One call that is paid for, within `bound`. Takes note in `unanswered` of one that may take effect
+    /// later.
     async fn send(
         &self,
         bound: &Arc<dyn Bound>,
-        stop: &CancellationToken,
+        payment: Payment<'_>,
         ops: &[Op],
         unanswered: &mut Option<SequenceNumber>,
     ) -> Answer {
-        let units: u32 = ops.iter().map(|op| op.change.units).sum();
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return Answer::Stopped,
-            () = self.budget.spend(units) => {}
-        }
         let remaining = bound.remaining();
         if remaining <= LEASE_MARGIN {
-            return Answer::Failed(Fault::own(
-                Operation::State,
-                Class::Network,
-                "lease not renewed",
-                "the lease ended before the write could be sent",
-            ));
+            payment.give_back();
+            return Answer::Failed(lease_over());
         }
         let body = match batch_body(&self.target, ops) {
             Ok(body) => body,
-            Err(fault) => return Answer::Failed(fault),
+            Err(fault) => {
+                payment.give_back();
+                return Answer::Failed(fault);
+            }
         };
         let call = self
             .client
@@ -297,7 +355,9 @@ impl Writer {
             .send();
         // Not answered before the lease's end is as good as not answered.
         let timeout = ATTEMPT_TIMEOUT.min(remaining - LEASE_MARGIN);
-        let (answer, left) = within(Arc::clone(bound), timeout, call).await;
+        let funded = Funded::within(bound, &self.budget);
+        let (answer, left) = within(funded, timeout, call).await;
+        let mut strain = None;
         let answer = match answer {
             None => Err(Fault::own(
                 Operation::Write,
@@ -305,8 +365,11 @@ impl Writer {
                 "no answer in time",
                 "the replica did not answer within the timeout or the lease",
             )),
-            Some(Err(error)) => Err(classify(Operation::Write, &error)),
-            Some(Ok(output)) => Ok(output.unprocessed_items.unwrap_or_default()),
+            Some(Err(error)) => {
+                strain = Some(Strain::of_batch(&error));
+                Err(classify(Operation::Write, &error))
+            }
+            Some(Ok(output)) => Ok(output),
         };
         let in_time = !bound.remaining().is_zero();
         let settled = match &answer {
@@ -318,13 +381,27 @@ impl Writer {
             *unanswered = last.max(unanswered.take());
         }
         match answer {
-            Ok(unprocessed) => {
-                let unprocessed = positions(ops, unprocessed.into_values().flatten());
-                metrics::written(&self.table, ops.len() - unprocessed.len(), units);
-                Answer::Done { unprocessed }
+            Ok(output) => self.done(payment, ops, output),
+            Err(fault) => {
+                if fault.class == Class::Throttled {
+                    payment.throttled(strain.unwrap_or(Strain::Table));
+                } else if left == Left::No || !effect_unknown(fault.class) {
+                    payment.give_back();
+                }
+                Answer::Failed(fault)
             }
-            Err(fault) => Answer::Failed(fault),
         }
+    }
+
+    /// The replica answered.
+    fn done(&self, payment: Payment<'_>, ops: &[Op], output: BatchWriteItemOutput) -> Answer {
+        let told = output.consumed_capacity.unwrap_or_default();
+        let told: f64 = told.iter().filter_map(|table| table.capacity_units).sum();
+        let unprocessed = output.unprocessed_items.unwrap_or_default();
+        let unprocessed = positions(ops, unprocessed.into_values().flatten());
+        let units = payment.answered(ops, &unprocessed, told);
+        metrics::written(&self.table, ops.len() - unprocessed.len(), units);
+        Answer::Done { unprocessed }
     }
 }
 
@@ -334,6 +411,25 @@ impl Sent {
         self.outcomes
             .extend(ops.into_iter().map(|op| (op, Outcome::Returned)));
     }
+}
+
+/// Returns once too little of `bound` is left to send anything.
+async fn over(bound: &Arc<dyn Bound>) {
+    loop {
+        match bound.remaining().checked_sub(LEASE_MARGIN) {
+            Some(left) if !left.is_zero() => tokio::time::sleep(left).await,
+            _ => return,
+        }
+    }
+}
+
+fn lease_over() -> Fault {
+    Fault::own(
+        Operation::State,
+        Class::Network,
+        "lease not renewed",
+        "the lease ended before the write could be sent",
+    )
 }
 
 fn unprocessed_fault() -> Fault {
@@ -384,6 +480,8 @@ fn positions(ops: &[Op], unprocessed: impl Iterator<Item = WriteRequest>) -> Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dynamo::image::Image;
+    use crate::dynamo::json::item_from_json;
     use crate::dynamo::value::Item;
     use crate::stream::change::{Change, Event};
     use crate::stream::sequence::SequenceNumber;
@@ -400,7 +498,7 @@ mod tests {
                 event: if delete { Event::Remove } else { Event::Insert },
                 key: ItemKey::new(&keys),
                 keys,
-                new_image: (!delete).then_some(image),
+                new_image: (!delete).then(|| Image::of(&image).unwrap()),
                 old_image: None,
                 created_ms: 0,
                 bytes: 0,
@@ -416,7 +514,7 @@ mod tests {
         let keys = Some(op.change.keys.clone());
         match &op.change.new_image {
             Some(image) => {
-                let put = PutRequest::builder().set_item(Some(image.clone()));
+                let put = PutRequest::builder().set_item(item_from_json(&image.to_value()));
                 builder.put_request(put.build().unwrap())
             }
             None => {

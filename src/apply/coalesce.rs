@@ -19,6 +19,7 @@
 //! A newer change may replace one that waits or came back unprocessed, never one in flight. If
 //! the newest turns out to be poison, the last acceptable one before it is written after all.
 
+use std::collections::hash_map::{Entry as MapEntry, OccupiedEntry};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -62,6 +63,11 @@ pub struct Window {
     /// Keys with something to send and nothing in flight, longest waiting first.
     ready: VecDeque<ItemKey>,
     durable: Option<Durable>,
+    /// The latest moment at which a change was made that nothing undone stands before, in milliseconds.
+    newest_durable_ms: Option<i64>,
+    /// Slots that no later one was made before, the oldest first: their times grow. Mostly one for each
+    /// second.
+    oldest: VecDeque<(SlotId, i64)>,
     bytes: usize,
     /// Room for the slots that one answer finishes.
     finished: Vec<SlotId>,
@@ -75,9 +81,10 @@ struct Slot {
     done: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct KeyQueue {
-    entries: VecDeque<Entry>,
+    /// In stream order. Mostly one, so room for more is made when more come.
+    entries: Vec<Entry>,
     in_flight: Option<SlotId>,
     /// Whether the key stands in `ready`.
     listed: bool,
@@ -92,12 +99,28 @@ struct Entry {
 }
 
 impl KeyQueue {
+    fn new() -> Self {
+        Self {
+            entries: Vec::with_capacity(1),
+            in_flight: None,
+            listed: false,
+        }
+    }
+
     fn candidate(&self, coalesce: bool) -> Option<&Entry> {
         let mut waiting = self.entries.iter().filter(|entry| !entry.poison);
         if coalesce {
             waiting.next_back()
         } else {
             waiting.next()
+        }
+    }
+
+    /// Puts the key into the list of those with something to send, where it has.
+    fn list(&mut self, key: &ItemKey, coalesce: bool, ready: &mut VecDeque<ItemKey>) {
+        if !self.listed && self.in_flight.is_none() && self.candidate(coalesce).is_some() {
+            self.listed = true;
+            ready.push_back(key.clone());
         }
     }
 
@@ -118,6 +141,8 @@ impl Window {
             keys: HashMap::new(),
             ready: VecDeque::new(),
             durable: None,
+            newest_durable_ms: None,
+            oldest: VecDeque::new(),
             bytes: 0,
             finished: Vec::new(),
         }
@@ -145,7 +170,18 @@ impl Window {
 
     /// When the source made the oldest change not done, in milliseconds since the epoch.
     pub fn oldest_open_ms(&self) -> Option<i64> {
-        self.slots.front().map(|slot| slot.created_ms)
+        self.oldest.front().map(|(_, created_ms)| *created_ms)
+    }
+
+    /// Before which moment of the source every change that was pushed is durable, in milliseconds; `None`
+    /// before the first one is. Times are whole seconds, so a change proves what was made before its own,
+    /// and one that is open takes that back as far as its own.
+    pub fn proven_ms(&self) -> Option<i64> {
+        let durable = self.newest_durable_ms?;
+        Some(
+            self.oldest_open_ms()
+                .map_or(durable, |open| open.min(durable)),
+        )
     }
 
     /// How far everything is durable; `None` before the first change is.
@@ -157,16 +193,13 @@ impl Window {
     pub fn push(&mut self, change: Change) -> SlotId {
         let slot = self.open_slot(change.sequence.clone(), change.created_ms, change.bytes);
         let key = change.key.clone();
-        self.keys
-            .entry(key.clone())
-            .or_default()
-            .entries
-            .push_back(Entry {
-                slot,
-                change: Arc::new(change),
-                poison: false,
-            });
-        self.list(&key);
+        let queue = self.keys.entry(key.clone()).or_insert_with(KeyQueue::new);
+        queue.entries.push(Entry {
+            slot,
+            change: Arc::new(change),
+            poison: false,
+        });
+        queue.list(&key, self.coalesce, &mut self.ready);
         slot
     }
 
@@ -219,10 +252,10 @@ impl Window {
     /// The write of `op` is durable. `finished` hears of the changes that this finished: `op` itself last,
     /// and before it those of its key that it coalesced.
     pub fn applied(&mut self, op: &Op, mut finished: impl FnMut(&Change)) {
-        let key = &op.change.key;
-        let Some(queue) = self.keys.get_mut(key) else {
+        let MapEntry::Occupied(mut entry) = self.keys.entry(op.change.key.clone()) else {
             return;
         };
+        let queue = entry.get_mut();
         queue.in_flight = None;
         let mut slots = std::mem::take(&mut self.finished);
         queue.entries.retain(|entry| {
@@ -234,43 +267,44 @@ impl Window {
             }
             !is_finished
         });
+        settle(entry, self.coalesce, &mut self.ready);
         for slot in slots.drain(..) {
             self.done(slot);
         }
         self.finished = slots;
-        self.list(key);
     }
 
     /// The write of `op` did not happen, or nobody knows: it is sent again, or a newer change of
     /// its key in its place.
     pub fn returned(&mut self, op: &Op) {
-        if let Some(queue) = self.keys.get_mut(&op.change.key) {
-            queue.in_flight = None;
+        if let MapEntry::Occupied(mut entry) = self.keys.entry(op.change.key.clone()) {
+            entry.get_mut().in_flight = None;
+            settle(entry, self.coalesce, &mut self.ready);
         }
-        self.list(&op.change.key);
     }
 
     /// The replica can never take `op`. It is done once [dead-lettered](Self::dead_lettered);
     /// other changes of its key go on.
     pub fn refused(&mut self, op: &Op) {
-        if let Some(queue) = self.keys.get_mut(&op.change.key) {
+        if let MapEntry::Occupied(mut entry) = self.keys.entry(op.change.key.clone()) {
+            let queue = entry.get_mut();
             queue.in_flight = None;
             if let Some(index) = queue.index_of(op.slot) {
                 queue.entries[index].poison = true;
             }
+            settle(entry, self.coalesce, &mut self.ready);
         }
-        self.list(&op.change.key);
     }
 
     /// The change in `slot` is durable in the dead-letter queue. `key` is `None` for one that
     /// came by [`push_poison`](Self::push_poison).
     pub fn dead_lettered(&mut self, slot: SlotId, key: Option<&ItemKey>) {
         if let Some(key) = key
-            && let Some(queue) = self.keys.get_mut(key)
-            && let Some(index) = queue.index_of(slot)
+            && let MapEntry::Occupied(mut entry) = self.keys.entry(key.clone())
+            && let Some(index) = entry.get().index_of(slot)
         {
-            queue.entries.remove(index);
-            self.list(key);
+            entry.get_mut().entries.remove(index);
+            settle(entry, self.coalesce, &mut self.ready);
         }
         self.done(slot);
     }
@@ -278,6 +312,14 @@ impl Window {
     fn open_slot(&mut self, sequence: SequenceNumber, created_ms: i64, bytes: usize) -> SlotId {
         let slot = self.first + self.slots.len() as u64;
         self.bytes += SLOT_BYTES + bytes;
+        while self
+            .oldest
+            .back()
+            .is_some_and(|(_, later)| *later >= created_ms)
+        {
+            self.oldest.pop_back();
+        }
+        self.oldest.push_back((slot, created_ms));
         self.slots.push_back(Slot {
             sequence,
             created_ms,
@@ -285,21 +327,6 @@ impl Window {
             done: false,
         });
         slot
-    }
-
-    /// Puts a key with something to send into the ready list, and forgets one with nothing left.
-    fn list(&mut self, key: &ItemKey) {
-        let Some(queue) = self.keys.get_mut(key) else {
-            return;
-        };
-        if queue.entries.is_empty() && queue.in_flight.is_none() {
-            self.keys.remove(key);
-            return;
-        }
-        if !queue.listed && queue.in_flight.is_none() && queue.candidate(self.coalesce).is_some() {
-            queue.listed = true;
-            self.ready.push_back(key.clone());
-        }
     }
 
     /// Marks a slot done and moves the watermark as far as everything before it is.
@@ -315,7 +342,11 @@ impl Window {
             let Some(slot) = self.slots.pop_front() else {
                 break;
             };
+            if self.oldest.front().is_some_and(|(id, _)| *id == self.first) {
+                self.oldest.pop_front();
+            }
             self.first += 1;
+            self.newest_durable_ms = self.newest_durable_ms.max(Some(slot.created_ms));
             self.bytes = self.bytes.saturating_sub(SLOT_BYTES);
             self.durable = Some(Durable {
                 sequence: slot.sequence,
@@ -331,6 +362,21 @@ impl Window {
             });
         }
     }
+}
+
+/// Puts a key with something to send into the ready list, and forgets one with nothing left.
+fn settle(
+    mut entry: OccupiedEntry<'_, ItemKey, KeyQueue>,
+    coalesce: bool,
+    ready: &mut VecDeque<ItemKey>,
+) {
+    let queue = entry.get();
+    if queue.entries.is_empty() && queue.in_flight.is_none() {
+        entry.remove();
+        return;
+    }
+    let key = entry.key().clone();
+    entry.get_mut().list(&key, coalesce, ready);
 }
 
 #[cfg(test)]

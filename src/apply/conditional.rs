@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, ConsumedCapacity, ReturnConsumedCapacity};
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
+use super::payment::{Funded, Payment, Strain};
 use crate::backoff::Backoff;
 use crate::dynamo::transmit::{Bound, Left, within};
 use crate::dynamo::value::{Item, item_bytes};
@@ -55,7 +56,11 @@ pub struct Conditional {
     /// Attributes of the key: an item that is there has them.
     key_names: Vec<String>,
     budget: Arc<Budget>,
+    lane: Budget,
 }
+
+/// What came of a call: the units it took, where the service says so.
+type Answer = Result<f64, (Fault, Strain)>;
 
 impl Conditional {
     /// Writes to `table` within `budget`. `key_names` are the attributes of its key.
@@ -64,6 +69,7 @@ impl Conditional {
             client,
             table: table.to_owned(),
             key_names,
+            lane: budget.lane(),
             budget,
         }
     }
@@ -151,13 +157,15 @@ impl Conditional {
         condition: &Condition,
         delete: bool,
     ) -> Put {
-        tokio::select! {
+        let units = f64::from(write_units(item_bytes(item)));
+        let payment = tokio::select! {
             biased;
             () = stop.cancelled() => return Put::Stopped,
-            () = self.budget.spend(write_units(item_bytes(item))) => {}
-        }
+            payment = Payment::of(&self.lane, &self.budget, std::slice::from_ref(&units)) => payment,
+        };
         let remaining = bound.remaining();
         if remaining <= BOUND_MARGIN {
+            payment.give_back();
             return Put::Stopped;
         }
         let timeout = ATTEMPT_TIMEOUT.min(remaining - BOUND_MARGIN);
@@ -167,12 +175,29 @@ impl Conditional {
                 false => self.send(item, condition).await,
             }
         };
-        let (answer, left) = within(Arc::clone(bound), timeout, call).await;
+        let (answer, left) = within(Funded::within(bound, &self.budget), timeout, call).await;
+        match &answer {
+            Some(Ok(told)) => {
+                payment.took(units, *told);
+            }
+            Some(Err((fault, strain))) if fault.class == Class::Throttled => {
+                payment.throttled(*strain);
+            }
+            // Where a condition does not hold, the item is paid for all the same.
+            Some(Err((fault, _))) if fault.class == Class::Condition => {
+                payment.took(units, 0.0);
+            }
+            Some(Err((fault, _))) if !effect_unknown(fault.class) => payment.give_back(),
+            _ if left == Left::No => payment.give_back(),
+            _ => {
+                payment.took(units, 0.0);
+            }
+        }
         let fault = match answer {
-            Some(Ok(())) if !bound.remaining().is_zero() => return Put::Done,
-            Some(Err(fault)) if fault.class == Class::Condition => return Put::Held,
-            Some(Err(fault)) => fault,
-            Some(Ok(())) | None => Fault::own(
+            Some(Ok(_)) if !bound.remaining().is_zero() => return Put::Done,
+            Some(Err((fault, _))) if fault.class == Class::Condition => return Put::Held,
+            Some(Err((fault, _))) => fault,
+            Some(Ok(_)) | None => Fault::own(
                 Operation::Write,
                 Class::Network,
                 "no answer in time",
@@ -186,20 +211,21 @@ impl Conditional {
         }
     }
 
-    async fn send(&self, item: &Item, condition: &Condition) -> Result<(), Fault> {
+    async fn send(&self, item: &Item, condition: &Condition) -> Answer {
         let call = self.client.put_item().table_name(&self.table);
         let call = call
             .set_item(Some(item.clone()))
             .condition_expression(&condition.expression)
             .set_expression_attribute_names(some(&condition.names))
-            .set_expression_attribute_values(some(&condition.values));
+            .set_expression_attribute_values(some(&condition.values))
+            .return_consumed_capacity(ReturnConsumedCapacity::Total);
         let answer = call.send().await;
         answer
-            .map(|_| ())
-            .map_err(|error| classify(Operation::Write, &error))
+            .map(|answer| units_of(answer.consumed_capacity.as_ref()))
+            .map_err(|error| (classify(Operation::Write, &error), Strain::of_put(&error)))
     }
 
-    async fn delete(&self, item: &Item, condition: &Condition) -> Result<(), Fault> {
+    async fn delete(&self, item: &Item, condition: &Condition) -> Answer {
         let keys = item.iter();
         let key: Item = keys
             .filter(|(name, _)| self.key_names.contains(name))
@@ -210,12 +236,23 @@ impl Conditional {
             .set_key(Some(key))
             .condition_expression(&condition.expression)
             .set_expression_attribute_names(some(&condition.names))
-            .set_expression_attribute_values(some(&condition.values));
+            .set_expression_attribute_values(some(&condition.values))
+            .return_consumed_capacity(ReturnConsumedCapacity::Total);
         let answer = call.send().await;
         answer
-            .map(|_| ())
-            .map_err(|error| classify(Operation::Write, &error))
+            .map(|answer| units_of(answer.consumed_capacity.as_ref()))
+            .map_err(|error| {
+                let strain = Strain::of_delete(&error);
+                (classify(Operation::Write, &error), strain)
+            })
     }
+}
+
+/// The units that a single write took; 0 where the service says nothing.
+pub fn units_of(consumed: Option<&ConsumedCapacity>) -> f64 {
+    consumed
+        .and_then(|consumed| consumed.capacity_units)
+        .unwrap_or(0.0)
 }
 
 /// The service refuses an empty map.

@@ -2,40 +2,16 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use aws_sdk_dynamodb::config::{BehaviorVersion, Credentials, Region};
-use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, WriteRequest};
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, ReturnConsumedCapacity, WriteRequest};
 use aws_sdk_dynamodb::{Client, Config};
-use aws_smithy_types::Blob;
-use proptest::collection::{hash_map, vec};
+use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::Value;
 
 use super::*;
+use crate::dynamo::image::tests::items;
+use crate::dynamo::value::Item;
 use crate::stream::change::Change;
-
-fn values() -> impl Strategy<Value = AttributeValue> {
-    let bytes = || vec(any::<u8>(), 0..20).prop_map(Blob::new);
-    let leaf = prop_oneof![
-        // Quotes, backslashes, control characters and all planes of Unicode among them.
-        any::<String>().prop_map(AttributeValue::S),
-        "-?[0-9]{1,38}(\\.[0-9]{1,5})?".prop_map(AttributeValue::N),
-        bytes().prop_map(AttributeValue::B),
-        any::<bool>().prop_map(AttributeValue::Bool),
-        Just(AttributeValue::Null(true)),
-        vec(any::<String>(), 1..4).prop_map(AttributeValue::Ss),
-        vec("[0-9]{1,9}", 1..4).prop_map(AttributeValue::Ns),
-        vec(bytes(), 1..4).prop_map(AttributeValue::Bs),
-    ];
-    leaf.prop_recursive(4, 24, 5, |inner| {
-        prop_oneof![
-            vec(inner.clone(), 0..5).prop_map(AttributeValue::L),
-            hash_map(any::<String>(), inner, 0..5).prop_map(AttributeValue::M),
-        ]
-    })
-}
-
-fn items() -> impl Strategy<Value = Item> {
-    hash_map(any::<String>(), values(), 0..6)
-}
 
 /// The body that the SDK itself makes.
 async fn body_of_sdk(table: &str, requests: Vec<WriteRequest>) -> Value {
@@ -52,6 +28,7 @@ async fn body_of_sdk(table: &str, requests: Vec<WriteRequest>) -> Value {
     let call = Client::from_conf(config)
         .batch_write_item()
         .request_items(table, requests)
+        .return_consumed_capacity(ReturnConsumedCapacity::Total)
         .customize()
         .mutate_request(move |request| {
             let body = request.body().bytes().unwrap_or_default();
@@ -80,7 +57,7 @@ fn op(item: Item, is_delete: bool) -> (Op, WriteRequest) {
     };
     let op = Op {
         slot: 0,
-        change: Arc::new(change),
+        change: Arc::new(change.unwrap()),
     };
     (op, request.build())
 }

@@ -69,7 +69,7 @@ pub(super) async fn run(args: &Args) -> Result<Exit, Failure> {
 async fn demo(args: &Args, stop_writing: CancellationToken) -> Result<Exit, Failure> {
     let letters = tempfile_directory();
     let loaded = configuration(&letters)?;
-    let handle = metrics::install()?;
+    let handle = metrics::install(&loaded.config.group)?;
     let regions = Regions::connect(&loaded.config).await?;
     local::prepare(&loaded, &regions).await?;
     let listener = server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
@@ -87,7 +87,7 @@ async fn demo(args: &Args, stop_writing: CancellationToken) -> Result<Exit, Fail
         source.endpoint, target.endpoint
     );
     if let Some(address) = address {
-        eprintln!("metrics http://{address}/metrics   health http://{address}/readyz");
+        eprintln!("page http://{address}/   metrics http://{address}/metrics");
     }
     let worker = Worker::new(loaded, &regions, role, listener, Some(handle));
     let (board, health) = (worker.board(), worker.health());

@@ -1,5 +1,6 @@
 //! The commands: arguments in, one exit code out. Answers go to stdout, all else to stderr.
 
+mod ask;
 mod dead_letters;
 #[cfg(feature = "embedded")]
 mod demo;
@@ -20,9 +21,12 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
+use tracing_subscriber::prelude::*;
 
 use crate::config::read::{Loaded, load};
 use crate::error::{Exit, Failure};
+use crate::observe::events;
 
 /// Keeps DynamoDB tables alive in a second region.
 #[derive(Debug, Parser)]
@@ -67,11 +71,13 @@ enum Command {
     /// here. Metrics and health are served on worker.listen. SIGTERM or Ctrl-C drains,
     /// checkpoints and releases. Exit code 0: drained; 1: the grace ran out; 2: could not start.
     Run,
-    /// Shows shards, owners, checkpoints, gaps, pauses and doubts from the state table of this region
+    /// Shows how far behind the replica is, whether it is right and whether somebody is at it
     ///
-    /// Exit code 0: nothing needs a person; 1: a gap is open, a tap is closed, a shard has no owner or
-    /// a silent one, nobody reads a table, or a doubt should have been repaired more than ten minutes
-    /// ago (a doubt that waits for its time is normal); 2: could not read.
+    /// From the state table of this region alone, also while the active region is away, and from the
+    /// workers that can be reached. Exit code 0: nothing needs a person; 1: a gap is open, a tap is closed,
+    /// a shard has no owner or a silent one, nobody feeds the replica, a region is away, less than six hours are left until
+    /// the stream forgets, a doubt should have been repaired more than ten minutes ago (a doubt that waits
+    /// for its time is normal), or a worker is not ready; 2: could not read.
     Status(status::Args),
     /// Creates replica tables, the state table with its control record, and the queue
     ///
@@ -198,15 +204,21 @@ fn start_logging(format: LogFormat, quiet: bool) {
             "{default},aws_config=error,aws_runtime=error,aws_smithy_runtime=error,dynoxide=error"
         ))
     });
-    let logging = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+    // What is shown as recent does not depend on what the log is filtered to.
+    let kept = filter_fn(events::is_kept).with_max_level_hint(LevelFilter::INFO);
+    let recent = events::Recent.with_filter(kept);
+    let registry = tracing_subscriber::registry().with(recent);
+    let logging = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     match format {
-        LogFormat::Text => logging
-            .with_target(false)
-            .with_ansi(std::io::stderr().is_terminal())
-            .init(),
-        LogFormat::Json => logging.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            let ansi = std::io::stderr().is_terminal();
+            let logging = logging.with_target(false).with_ansi(ansi);
+            registry.with(logging.with_filter(filter)).init();
+        }
+        LogFormat::Json => {
+            let logging = logging.json().flatten_event(true);
+            registry.with(logging.with_filter(filter)).init();
+        }
     }
 }
 

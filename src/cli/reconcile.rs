@@ -27,6 +27,8 @@ use crate::jobs::reconcile::place::Place;
 use crate::jobs::reconcile::report::{Counts, Lines};
 use crate::jobs::reconcile::strategy::Strategy;
 use crate::jobs::reconcile::{Ended, Found, Reconcile, Repairs, SEGMENTS_AT_ONCE, WAIT_FOR_OTHERS};
+use crate::lease::budget_keeper::BudgetKeeper;
+use crate::run::owner;
 
 /// How often a person is told where it stands, where there is no terminal.
 const TOLD_EVERY: Duration = Duration::from_secs(30);
@@ -71,7 +73,8 @@ pub(super) struct Args {
     /// reconcile.read_units_per_second]
     #[arg(long, value_name = "UNITS")]
     read_units: Option<u32>,
-    /// Write units per second; 0 means no limit [default: writes.units_per_second]
+    /// Write units per second of this process, at most: a part of the table's budget
+    /// (writes.units_per_second), which the workers share; 0 sets no bound of its own
     #[arg(long, value_name = "UNITS")]
     write_units: Option<u32>,
     /// How long a suspect is looked at where a worker applies changes [default: reconcile.settle]
@@ -262,7 +265,8 @@ impl Ground<'_> {
         }
         let stop = stop.child_token();
         let desk = self.desk(pair, stored, &stop).await?;
-        let job = self.job(pair, desk, lines, &stop);
+        let (budgets, budget) = self.budget(pair);
+        let job = self.job(pair, desk, lines, budget, &stop);
         let done = CancellationToken::new();
         let moved = Mutex::new(None);
         let work = async {
@@ -275,7 +279,13 @@ impl Ground<'_> {
                 flow.watch(&stop, &done, &moved).await;
             }
         };
-        let (result, (), ()) = tokio::join!(work, watched, self.tell(pair, &job, &done));
+        let shared = async {
+            if let Some(budgets) = &budgets {
+                budgets.keep_until(&done).await;
+            }
+        };
+        let (result, (), (), ()) =
+            tokio::join!(work, watched, shared, self.tell(pair, &job, &done));
         let (counts, result) = match result {
             Ok(counts) => (counts, Ok(())),
             Err((counts, ended)) => (counts, Err(ended)),
@@ -302,11 +312,33 @@ impl Ground<'_> {
         })
     }
 
+    /// What may be written with: a share of the fleet's, where the target has a fleet.
+    fn budget(&self, pair: &Pair<'_>) -> (Option<BudgetKeeper>, Arc<Budget>) {
+        let config = &self.loaded.config;
+        let table = pair.table;
+        let most = self.args.write_units.filter(|units| *units > 0);
+        match &self.target_state {
+            Some(state) if self.asked.apply => {
+                let (state, me) = (state.clone(), owner());
+                let budgets = BudgetKeeper::new(state, &me, config, [table], most);
+                let budget = budgets.budget(&table.name);
+                (Some(budgets), budget)
+            }
+            _ => {
+                let limits = [config.units_per_second(table), most];
+                let units = limits.into_iter().flatten().min();
+                let budget = Budget::fixed(units, config.writes.adaptive);
+                (None, Arc::new(budget))
+            }
+        }
+    }
+
     fn job(
         &self,
         pair: &Pair<'_>,
         desk: Desk,
         lines: Option<Arc<Lines>>,
+        budget: Arc<Budget>,
         stop: &CancellationToken,
     ) -> Reconcile {
         let config = &self.loaded.config;
@@ -318,11 +350,6 @@ impl Ground<'_> {
         };
         let key_names: Vec<String> = pair.key.iter().map(|part| part.name.clone()).collect();
         let repairs = self.asked.apply.then(|| {
-            let units = match self.args.write_units {
-                Some(units) => (units > 0).then_some(units),
-                None => config.units_per_second(table),
-            };
-            let budget = Arc::new(Budget::new(units));
             let (client, name) = (&self.target.tables, table.name_in(&self.target.label));
             Repairs {
                 writer: Arc::new(Writer::new(

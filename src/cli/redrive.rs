@@ -17,7 +17,10 @@ use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::table::{describe, primary_key, ttl_attribute};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Exit, Failure, Fault};
-use crate::jobs::redrive::{Followed, FromImages, Ground, Options, Redrive, Report, Watcher};
+use crate::jobs::redrive::{
+    Followed, FromImages, Ground, Options, Redrive, Report, Rights, Watcher,
+};
+use crate::lease::budget_keeper::BudgetKeeper;
 use crate::lease::hold::Hold;
 use crate::lease::row::{JobRow, Row, known_table_id};
 use crate::lease::table::StateTable;
@@ -75,12 +78,12 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     }
     let keep_expired = keep_expired(&loaded, &feed).await?;
     let options = options(args);
-    under_hold(&loaded, ground, args, async |hold, stop, watcher| {
+    under_hold(&loaded, ground, args, async |rights, stop, watcher| {
         Redrive::new(
             &loaded.config,
             &feed,
             &options,
-            hold,
+            rights,
             followed,
             keep_expired,
             stop,
@@ -157,12 +160,12 @@ async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<
         return plan(loaded, ground, args).await;
     }
     let options = options(args);
-    under_hold(loaded, ground, args, async |hold, stop, watcher| {
+    under_hold(loaded, ground, args, async |rights, stop, watcher| {
         let redrive = FromImages {
             config: &loaded.config,
             ground,
             options: &options,
-            hold: &hold,
+            rights: &rights,
             tables,
             stop,
         };
@@ -194,7 +197,7 @@ async fn under_hold(
     loaded: &Loaded,
     ground: Ground<'_>,
     args: &Args,
-    work: impl AsyncFnOnce(Arc<Hold<JobRow>>, &CancellationToken, &mut dyn Watcher) -> Report,
+    work: impl AsyncFnOnce(Rights, &CancellationToken, &mut dyn Watcher) -> Report,
 ) -> Result<Exit, Failure> {
     refuse_counting(ground).await?;
     let named = named(args);
@@ -205,14 +208,21 @@ async fn under_hold(
     let mut watcher = Progress(Line::new(args.json));
     let done = CancellationToken::new();
     let watched = flow.watch(&stop, &done, &ended);
+    let tables = loaded.config.tables.iter();
+    let tables = tables.filter(|table| named.is_empty() || named.contains(&table.name));
+    let state = ground.state.clone();
+    let budgets = BudgetKeeper::new(state, &owner(), &loaded.config, tables, None);
+    let budgets = Arc::new(budgets);
+    let rights = Rights {
+        hold: Arc::clone(&hold),
+        budgets: Arc::clone(&budgets),
+    };
     let work = async {
-        let report = hold
-            .keep(work(Arc::clone(&hold), &stop, &mut watcher))
-            .await;
+        let report = hold.keep(work(rights, &stop, &mut watcher)).await;
         done.cancel();
         report
     };
-    let (mut report, ()) = tokio::join!(work, watched);
+    let (mut report, (), ()) = tokio::join!(work, watched, budgets.keep_until(&done));
     drop(watcher);
     let moved = ended.into_inner().unwrap_or_else(PoisonError::into_inner);
     // Asked by a signal, and not because the flow has changed.

@@ -12,7 +12,7 @@ pub(super) async fn run(loaded: Loaded) -> Result<Exit, Failure> {
     // First of all, so that a signal during the start is not lost.
     let stop = stop_on_signal()?;
     let listener = server::bind(loaded.config.worker.listen).await?;
-    let handle = metrics::install()?;
+    let handle = metrics::install(&loaded.config.group)?;
     let regions = Regions::connect(&loaded.config).await?;
     #[cfg(feature = "embedded")]
     if loaded.config.has_embedded_region() {

@@ -197,7 +197,13 @@ pub const KEYS: &[Key] = &[
         "writes.units_per_second",
         "number",
         "4000",
-        "Write units per second and table, for each worker; 0 means no limit. What a new on-demand table takes without throttling.",
+        "Write units per second and table, for the whole fleet and its jobs together; 0 means no limit. What a new on-demand table takes without throttling.",
+    ),
+    key(
+        "writes.adaptive",
+        "boolean",
+        "true",
+        "Whether throttling slows the writes: to 70 % at each sign of it, back by a tenth a second. A throttled range of keys, or a part of a batch sent back, slows its shard alone. What is refused was sent in vain.",
     ),
     key(
         "writes.coalesce",

@@ -8,6 +8,9 @@ use aws_smithy_types::Blob;
 
 use super::value::{Item, canonical_number};
 
+/// What a key attribute takes besides its name, at most times.
+const KEY_BYTES: usize = 64;
+
 /// Key attributes of an item in one canonical byte string: equal keys give equal bytes, whatever
 /// the order of the attributes or the spelling of a number. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -18,7 +21,8 @@ impl ItemKey {
     pub fn new(keys: &Item) -> Self {
         let mut names: Vec<_> = keys.keys().collect();
         names.sort_unstable();
-        let mut bytes = Vec::with_capacity(32);
+        let about = names.iter().map(|name| KEY_BYTES + name.len()).sum();
+        let mut bytes = Vec::with_capacity(about);
         for name in names {
             push(&mut bytes, b'k', name.as_bytes());
             match &keys[name] {

@@ -7,6 +7,7 @@ pub mod clock;
 pub mod digest;
 #[cfg(feature = "failpoints")]
 mod failpoint;
+pub mod image;
 pub mod item;
 pub mod json;
 pub mod pause;

@@ -170,7 +170,9 @@ impl HttpConnector for Connector {
             if let Some(attempt) = &attempt
                 && attempt.bound.remaining().is_zero()
             {
-                return refused("the lease ended before the request left");
+                return refused(
+                    "the lease, or the share of the write budget, ended before the request left",
+                );
             }
         }
         #[cfg(feature = "failpoints")]

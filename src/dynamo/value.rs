@@ -1,13 +1,9 @@
-//! Attribute values: from the Streams types to the DynamoDB types, and their size.
-//!
-//! The SDK has two `AttributeValue` types that mean the same. Records come in one and are
-//! written in the other, so values are moved across, never cloned.
+//! Attribute values: their size, and when they are the same.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::AttributeValue;
-use aws_sdk_dynamodbstreams::types::AttributeValue as StreamValue;
 
 /// An item as DynamoDB's client takes it.
 pub type Item = HashMap<String, AttributeValue>;
@@ -17,41 +13,6 @@ pub type Item = HashMap<String, AttributeValue>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the record holds an attribute of a type this version does not know")]
 pub struct UnknownType;
-
-/// Moves a Streams item into a DynamoDB item.
-///
-/// # Errors
-/// [`UnknownType`] where any value in it, at any depth, is of an unknown type.
-pub fn item_from_stream(item: HashMap<String, StreamValue>) -> Result<Item, UnknownType> {
-    // Collecting results knows no size, and would grow the map step by step.
-    let mut moved = Item::with_capacity(item.len());
-    for (name, value) in item {
-        moved.insert(name, from_stream(value)?);
-    }
-    Ok(moved)
-}
-
-/// Moves one Streams value into a DynamoDB value.
-fn from_stream(value: StreamValue) -> Result<AttributeValue, UnknownType> {
-    Ok(match value {
-        StreamValue::S(text) => AttributeValue::S(text),
-        StreamValue::N(number) => AttributeValue::N(number),
-        // Both blobs are the same type of aws-smithy-types.
-        StreamValue::B(bytes) => AttributeValue::B(bytes),
-        StreamValue::Bool(flag) => AttributeValue::Bool(flag),
-        StreamValue::Null(flag) => AttributeValue::Null(flag),
-        StreamValue::Ss(set) => AttributeValue::Ss(set),
-        StreamValue::Ns(set) => AttributeValue::Ns(set),
-        StreamValue::Bs(set) => AttributeValue::Bs(set),
-        StreamValue::L(list) => AttributeValue::L(
-            list.into_iter()
-                .map(from_stream)
-                .collect::<Result<_, UnknownType>>()?,
-        ),
-        StreamValue::M(map) => AttributeValue::M(item_from_stream(map)?),
-        _ => return Err(UnknownType),
-    })
-}
 
 /// Size of an item in bytes as DynamoDB counts it: names and values, three bytes for each list
 /// or map and one for each of their elements.
@@ -82,7 +43,7 @@ fn value_bytes(value: &AttributeValue) -> usize {
 }
 
 /// About one byte for two digits and one more, as the guide says.
-fn number_bytes(number: &str) -> usize {
+pub(super) fn number_bytes(number: &str) -> usize {
     let digits = number.bytes().filter(u8::is_ascii_digit).count();
     digits.div_ceil(2) + 1 + usize::from(number.starts_with('-'))
 }

@@ -45,6 +45,7 @@ use crate::dynamo::clock::{host_ms, rfc3339, uptime};
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::value::Item;
 use crate::error::{Fault, Policy};
+use crate::lease::budget_keeper::BudgetKeeper;
 use crate::lease::hold::Hold;
 use crate::lease::row::JobRow;
 use crate::lease::table::StateTable;
@@ -95,6 +96,14 @@ impl<'a> Ground<'a> {
     }
 }
 
+/// What a redrive works under.
+pub struct Rights {
+    /// Its row in the state table.
+    pub hold: Arc<Hold<JobRow>>,
+    /// Its shares of the write budgets.
+    pub budgets: Arc<BudgetKeeper>,
+}
+
 /// A redrive at work.
 pub struct Redrive<'a> {
     config: &'a Config,
@@ -131,24 +140,23 @@ struct Bringing {
 }
 
 impl<'a> Redrive<'a> {
-    /// A redrive under `hold` of the tables `tables`, which are followed.
+    /// A redrive under `rights` of the tables `tables`, which are followed.
     pub fn new(
         config: &'a Config,
         feed: &'a Feed,
         options: &'a Options,
-        hold: Arc<Hold<JobRow>>,
+        rights: Rights,
         tables: Followed,
         keep_expired: BTreeMap<String, KeepExpired>,
         stop: &'a CancellationToken,
     ) -> Self {
         let writer = |table: &Table| {
             let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
-            let budget = Budget::new(config.units_per_second(table));
             Writer::new(
                 feed.target.tables.clone(),
                 table.name_in(&feed.target.label),
                 &table.name,
-                Arc::new(budget),
+                rights.budgets.budget(&table.name),
                 config.dead_letters.max_attempts,
                 key,
             )
@@ -164,7 +172,7 @@ impl<'a> Redrive<'a> {
             config,
             feed,
             options,
-            hold,
+            hold: rights.hold,
             tables,
             keep_expired,
             stop,

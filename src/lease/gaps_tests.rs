@@ -24,6 +24,8 @@ fn stream(epoch: u64, label: &str) -> StreamRow {
         start_timestamp: None,
         initialised: true,
         finished: false,
+        begun_at: None,
+        settled: true,
     }
 }
 

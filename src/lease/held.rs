@@ -21,6 +21,9 @@ use crate::stream::sequence::SequenceNumber;
 pub struct Progress {
     /// Up to which moment of the source everything is applied, in milliseconds.
     pub watermark_ms: Option<i64>,
+    /// Before which moment of the source everything is proven to be applied, in milliseconds. Never more
+    /// than the checkpoint that is stored proves.
+    pub proven_ms: Option<i64>,
     /// Seconds until the stream forgets the oldest record not applied.
     pub headroom_s: Option<i64>,
 }
@@ -79,6 +82,7 @@ impl Lease {
                 shard: row.shard(),
                 progress: StdMutex::new(Progress {
                     watermark_ms: row.watermark,
+                    proven_ms: row.proven_until,
                     headroom_s: row.headroom,
                 }),
                 row: Mutex::new(row),
@@ -128,21 +132,37 @@ impl Lease {
         self.update(|_| {}).await
     }
 
-    /// Stores the last sequence number that is durable with all before it. Renews the lease as
-    /// well.
+    /// Stores the last sequence number that is durable with all before it, and with it before which moment
+    /// everything is proven to be applied then. Renews the lease as well.
     ///
     /// # Errors
     /// As [`renew`](Self::renew).
-    pub async fn checkpoint(&self, sequence: &SequenceNumber) -> Result<(), Fault> {
-        self.update(|row| row.checkpoint_at(sequence)).await
+    pub async fn checkpoint(
+        &self,
+        sequence: &SequenceNumber,
+        proven_ms: Option<i64>,
+    ) -> Result<(), Fault> {
+        self.update(|row| {
+            row.checkpoint_at(sequence);
+            row.proven_until = row.proven_until.max(proven_ms);
+        })
+        .await
     }
 
-    /// Says that the shard was applied to its end, and names its children, which must have rows.
+    /// Says that the shard was applied to its end, found at `at_ms` of the source, what that proves, and
+    /// names its children, which must have rows.
     ///
     /// # Errors
     /// As [`renew`](Self::renew).
-    pub async fn finish(&self, children: &[ShardId]) -> Result<(), Fault> {
+    pub async fn finish(
+        &self,
+        children: &[ShardId],
+        at_ms: i64,
+        proven_ms: Option<i64>,
+    ) -> Result<(), Fault> {
         self.update(|row| {
+            row.finished_at = row.finished_at.or(Some(at_ms));
+            row.proven_until = row.proven_until.max(proven_ms);
             row.checkpoint = SHARD_END.to_owned();
             row.child_shard_ids = children.iter().map(|child| child.0.clone()).collect();
             row.owner_switches_since_checkpoint = 0;
@@ -187,6 +207,8 @@ impl Lease {
             let mut next = known.clone();
             let progress = *self.progress.lock().unwrap_or_else(PoisonError::into_inner);
             next.watermark = progress.watermark_ms.or(next.watermark);
+            // What was true once stays true.
+            next.proven_until = next.proven_until.max(progress.proven_ms);
             next.headroom = progress.headroom_s;
             if self.read.load(Ordering::Relaxed) {
                 next.read_by = Some(self.owner.clone());

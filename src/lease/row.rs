@@ -1,5 +1,6 @@
 //! The rows of the state table (DESIGN section 4), read and written through `serde_dynamo`.
 
+mod budget;
 mod doubt;
 mod fleet;
 mod gap;
@@ -8,6 +9,7 @@ mod reconcile;
 
 use serde::{Deserialize, Serialize};
 
+pub use budget::{BUDGET_KEY, BudgetRow, Holding, Share};
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
 pub use gap::{GapReason, GapRow};
@@ -89,6 +91,8 @@ pub enum Row {
     Reconcile(ReconcileRow),
     /// A part of one.
     Segment(SegmentRow),
+    /// Who may spend how much of the write budgets.
+    Budget(BudgetRow),
     /// A kind this version does not use.
     Other(Head),
 }
@@ -140,6 +144,10 @@ pub struct ShardRow {
     /// Up to which moment of the source everything in the shard is applied, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watermark: Option<i64>,
+    /// Before which moment of the source every change of the shard is proven to be applied, in milliseconds.
+    /// By records alone, and none after the checkpoint: it stays true whoever dies. It only grows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proven_until: Option<i64>,
     /// Seconds until the stream forgets the oldest record not applied, when last written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headroom: Option<i64>,
@@ -157,6 +165,12 @@ pub struct ShardRow {
     /// not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read_by: Option<String>,
+    /// When it was found to have ended, by the source's clock, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<i64>,
+    /// Whether a complete listing that began long enough after its end showed no child without a row.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub children_listed: bool,
 }
 
 /// The id of the table that is followed, as the rows of its streams know it.
@@ -203,11 +217,14 @@ impl ShardRow {
             child_shard_ids: Vec::new(),
             owner_switches_since_checkpoint: 0,
             watermark: None,
+            proven_until: None,
             headroom: None,
             updated_at: None,
             created_at: now_ms,
             restarted_at: None,
             read_by: None,
+            finished_at: None,
+            children_listed: false,
         }
     }
 
@@ -314,6 +331,13 @@ pub struct StreamRow {
     /// made any more, and the newer stream's shards may be read.
     #[serde(default)]
     pub finished: bool,
+    /// A moment of the source before anybody looked at what the table holds, in milliseconds: what was
+    /// there until then is copied, or there was nothing, or a gap says otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub begun_at: Option<i64>,
+    /// Whether a complete listing that began long enough after the first one showed no shard without a row.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub settled: bool,
 }
 
 impl StreamRow {

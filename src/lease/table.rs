@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::row::{
-    ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow, KEY_ATTRIBUTE, PauseRow,
-    ReconcileRow, Row, ShardRow, StreamRow, WorkerRow,
+    BUDGET_KEY, BudgetRow, ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow,
+    KEY_ATTRIBUTE, PauseRow, ReconcileRow, Row, ShardRow, StreamRow, WorkerRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -167,6 +167,18 @@ impl StateTable {
         }
     }
 
+    /// The row of the write budgets, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn budget(&self) -> Result<Option<BudgetRow>, Fault> {
+        match self.get(BUDGET_KEY).await? {
+            Some(Row::Budget(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable("the budget's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
     async fn get(&self, key: &str) -> Result<Option<Row>, Fault> {
         let answer = self
             .client
@@ -312,6 +324,7 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         "job" => Row::Job(parse(item)?),
         "reconcile" => Row::Reconcile(parse(item)?),
         "segment" => Row::Segment(parse(item)?),
+        "budget" => Row::Budget(parse(item)?),
         _ => Row::Other(head),
     })
 }

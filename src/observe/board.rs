@@ -1,9 +1,13 @@
 //! Where every shard of this process stands, and the totals that a person follows.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+use super::history::{History, Look};
+use super::recovery::{Age, Live, Moments};
+use crate::error::Class;
 
 /// A stream keeps its records for 24 hours. Source: the developer guide.
 pub const RETENTION_MS: i64 = 24 * 60 * 60 * 1_000;
@@ -17,6 +21,8 @@ pub struct Standing {
     /// the last durable change, or the last time the shard was seen to hold nothing more. `None`
     /// while nobody knows: a shard never read may hold a day's backlog.
     pub applied_until_ms: Option<i64>,
+    /// Before which moment all is proven to be applied, as the shard's row says it, in milliseconds.
+    pub proven_ms: Option<i64>,
 }
 
 impl Standing {
@@ -31,6 +37,12 @@ impl Standing {
     pub fn headroom_s(&self, now_ms: i64) -> Option<f64> {
         let position = self.oldest_open_ms.or(self.applied_until_ms)?;
         Some((position + RETENTION_MS - now_ms).max(0) as f64 / 1_000.0)
+    }
+
+    /// The moment before which all is taken to be applied: what is open was made no earlier.
+    pub fn estimated_ms(&self) -> Option<i64> {
+        let until = self.applied_until_ms?;
+        Some(self.oldest_open_ms.map_or(until, |open| open.min(until)))
     }
 
     /// Everything up to `ms` is known to be applied.
@@ -48,6 +60,35 @@ pub struct Totals {
     pub coalesced: AtomicU64,
     /// Records sent to the dead letters.
     pub dead_letters: AtomicU64,
+}
+
+/// What one table did since the start of the process.
+#[derive(Debug, Default)]
+pub struct TableTotals {
+    /// Records finished.
+    pub records: AtomicU64,
+    /// When a record was last finished, by the source's clock, in milliseconds; 0 before the first.
+    pub last_record_ms: AtomicI64,
+    /// One more than the largest lag of a record since the last look, in milliseconds; 0 where none was
+    /// applied.
+    lag_more_ms: AtomicI64,
+}
+
+impl TableTotals {
+    /// So many records were finished at `now_ms`, of which the oldest was made `lag_ms` before.
+    pub fn finished(&self, records: u64, now_ms: i64, lag_ms: Option<i64>) {
+        self.records.fetch_add(records, Ordering::Relaxed);
+        self.last_record_ms.fetch_max(now_ms, Ordering::Relaxed);
+        if let Some(lag_ms) = lag_ms {
+            self.lag_more_ms.fetch_max(lag_ms + 1, Ordering::Relaxed);
+        }
+    }
+
+    /// The largest lag since it was last asked.
+    fn take_lag(&self) -> Option<i64> {
+        let more_ms = self.lag_more_ms.swap(0, Ordering::Relaxed);
+        (more_ms > 0).then_some(more_ms - 1)
+    }
 }
 
 /// How the listing of one stream goes.
@@ -69,6 +110,13 @@ pub struct Board {
     listings: Mutex<BTreeMap<(String, String), Listings>>,
     /// Totals since the start.
     pub totals: Totals,
+    tables: Mutex<BTreeMap<String, Arc<TableTotals>>>,
+    /// Dead letters since the start, by table and class.
+    letters: Mutex<BTreeMap<(String, &'static str), u64>>,
+    /// The last hour.
+    pub history: History,
+    /// The recovery point of each table, as last looked.
+    points: Mutex<BTreeMap<String, Moments>>,
 }
 
 impl Board {
@@ -137,6 +185,11 @@ impl Board {
         }
     }
 
+    /// Where the shards of this process stand.
+    pub fn live(&self) -> Live {
+        self.shards().clone()
+    }
+
     /// Sets the gauges of every table from its worst shard. `open` are all unfinished shards of the
     /// state table, with the moment up to which each is proven: one that nobody here owns counts
     /// as well. `now_ms` is the source's clock. Returns the headroom of every table, in seconds.
@@ -153,6 +206,7 @@ impl Board {
             shards.entry(shard.to_owned()).or_insert(Standing {
                 oldest_open_ms: None,
                 applied_until_ms: Some(proven_ms),
+                proven_ms: None,
             });
         }
         for (table, shards) in &all {
@@ -165,6 +219,56 @@ impl Board {
             }
         }
         headrooms
+    }
+
+    /// What `table` did since the start.
+    pub fn table(&self, table: &str) -> Arc<TableTotals> {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(tables.entry(table.to_owned()).or_default())
+    }
+
+    /// What every table did since the start.
+    pub fn tables(&self) -> BTreeMap<String, Arc<TableTotals>> {
+        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        tables.clone()
+    }
+
+    /// A record or repair of `table` became a dead letter.
+    pub fn dead_lettered(&self, table: &str, class: Class) {
+        super::metrics::dead_lettered(table, class);
+        Self::add(&self.totals.dead_letters, 1);
+        let mut letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
+        *letters
+            .entry((table.to_owned(), class.label()))
+            .or_default() += 1;
+    }
+
+    /// Dead letters since the start, by table and class.
+    pub fn letters(&self) -> BTreeMap<(String, &'static str), u64> {
+        let letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
+        letters.clone()
+    }
+
+    /// The recovery points are these now, and the group's is `age` old.
+    pub fn set_points(&self, points: BTreeMap<String, Moments>, age: Age, at_ms: i64) {
+        let tables = self.tables();
+        let look = Look {
+            now: Instant::now(),
+            at_ms,
+            records: self.totals.records.load(Ordering::Relaxed),
+            age,
+        };
+        let lags = tables
+            .iter()
+            .map(|(table, totals)| (table.as_str(), totals.take_lag()));
+        self.history.look(look, lags);
+        *self.points.lock().unwrap_or_else(PoisonError::into_inner) = points;
+    }
+
+    /// The recovery point of each table, as last looked: what was true then is true now.
+    pub fn points(&self) -> BTreeMap<String, Moments> {
+        let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+        points.clone()
     }
 
     /// Adds to a total.
@@ -181,13 +285,13 @@ mod tests {
     fn headroom_runs_down_from_what_is_not_applied() {
         let standing = Standing {
             oldest_open_ms: Some(1_000),
-            applied_until_ms: None,
+            ..Standing::default()
         };
         assert_eq!(standing.iterator_age_s(61_000), 60.0);
         assert_eq!(standing.headroom_s(61_000), Some(86_400.0 - 60.0));
         let idle = Standing {
-            oldest_open_ms: None,
             applied_until_ms: Some(61_000),
+            ..Standing::default()
         };
         assert_eq!(idle.iterator_age_s(61_000), 0.0);
         assert_eq!(idle.headroom_s(61_000), Some(86_400.0));

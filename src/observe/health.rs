@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use signs::{LettersLeft, TableDoubts, TableTap, progress};
 
@@ -38,7 +38,28 @@ pub enum Scope {
     DeadLetters,
 }
 
+/// An outage that is open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenOutage {
+    /// What cannot be reached.
+    pub scope: Scope,
+    /// The table, where it is one table's.
+    pub table: String,
+    /// For how long.
+    pub lasted: Duration,
+    /// The failure.
+    pub fault: Fault,
+}
+
 impl Scope {
+    /// All of them.
+    pub const ALL: [Scope; 4] = [
+        Scope::Source,
+        Scope::Replica,
+        Scope::State,
+        Scope::DeadLetters,
+    ];
+
     /// The name in messages.
     pub const fn label(self) -> &'static str {
         match self {
@@ -51,7 +72,7 @@ impl Scope {
 }
 
 /// One reason for not being ready.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Reason {
     /// What kind: `starting`, `outage-source`, `gap-never-copied`, `table-stopped`, `paused`,
@@ -84,6 +105,8 @@ struct State {
     starting: BTreeSet<String>,
     standby: Option<String>,
     heartbeat: Option<Instant>,
+    /// Seconds until the stream of each table forgets what may not be applied.
+    headroom: BTreeMap<String, f64>,
     /// Closed taps, by table.
     taps: BTreeMap<String, TableTap>,
     /// Copies and repairs, by table.
@@ -162,14 +185,22 @@ impl Health {
 
     /// A part is no longer this worker's: what it reported no longer counts.
     pub fn forget(&self, table: &str, part: &str) {
-        for scope in [
-            Scope::Source,
-            Scope::Replica,
-            Scope::State,
-            Scope::DeadLetters,
-        ] {
+        for scope in Scope::ALL {
             self.succeeded(scope, table, part);
         }
+    }
+
+    /// The outages that are open.
+    pub fn outages(&self) -> Vec<OpenOutage> {
+        let state = self.state();
+        let open = state.outages.iter().filter(|(_, outage)| outage.begun);
+        open.map(|((scope, table), outage)| OpenOutage {
+            scope: *scope,
+            table: table.clone(),
+            lasted: outage.since.elapsed(),
+            fault: outage.fault.clone(),
+        })
+        .collect()
     }
 
     /// The gaps that the state table holds now. Replaces what was known.
@@ -187,6 +218,7 @@ impl Health {
                     table,
                     reason = reason.label(),
                     gaps = keys.len(),
+                    gap = keys.first(),
                     next = reason.next_step(),
                     "gap: records were never applied"
                 );

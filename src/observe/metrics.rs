@@ -1,12 +1,19 @@
 //! Every metric: name, unit, labels, meaning. `docs/METRICS.md` is tested against [`METRICS`].
 
 pub mod replay;
+mod seen;
+
+pub use seen::{
+    group_recovery_point, last_record, lease_lost, lease_taken, outage, recovery_point, shards,
+    standby,
+};
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Class, Failure};
-use crate::lease::row::{DoubtCause, JobKind, Mending};
+use crate::lease::row::{DoubtCause, GapReason, JobKind, Mending};
+use crate::observe::health::Scope;
 use crate::stream::change::Event;
 
 /// What a metric is.
@@ -20,6 +27,28 @@ pub enum Kind {
     Histogram,
 }
 
+/// Whether the name and meaning of a metric may be built upon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stability {
+    /// They stay until a version says otherwise in its changelog.
+    Stable,
+    /// They may still change.
+    New,
+}
+
+/// The unit of a metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Measure {
+    /// A number of things.
+    Count,
+    /// Seconds.
+    Seconds,
+    /// A part of a whole, from 0 to 1.
+    Ratio,
+    /// 1 or 0.
+    Flag,
+}
+
 /// One metric.
 #[derive(Debug, Clone, Copy)]
 pub struct Metric {
@@ -27,8 +56,10 @@ pub struct Metric {
     pub name: &'static str,
     /// What it is.
     pub kind: Kind,
-    /// Its labels.
+    /// Its labels, besides `group`, which all have.
     pub labels: &'static str,
+    /// Whether it may be built upon.
+    pub stability: Stability,
     /// What it means.
     pub meaning: &'static str,
 }
@@ -43,9 +74,38 @@ const fn metric(
         name,
         kind,
         labels,
+        stability: Stability::Stable,
         meaning,
     }
 }
+
+/// The same, where name and meaning may still change.
+const fn new(
+    name: &'static str,
+    kind: Kind,
+    labels: &'static str,
+    meaning: &'static str,
+) -> Metric {
+    Metric {
+        stability: Stability::New,
+        ..metric(name, kind, labels, meaning)
+    }
+}
+
+impl Metric {
+    /// Its unit: what its name ends with, else a number of things.
+    pub fn unit(&self) -> Measure {
+        match self.name {
+            name if FLAGS.contains(&name) => Measure::Flag,
+            name if name.ends_with("_seconds") => Measure::Seconds,
+            name if name.ends_with("_ratio") => Measure::Ratio,
+            _ => Measure::Count,
+        }
+    }
+}
+
+/// Gauges that are 1 or 0.
+const FLAGS: &[&str] = &[COPYING, PAUSED, READY, STANDBY, BUILD, OUTAGE];
 
 const LAG: &str = "farshore_replication_lag_seconds";
 const ITERATOR_AGE: &str = "farshore_iterator_age_seconds";
@@ -55,6 +115,8 @@ const SKIPPED: &str = "farshore_records_skipped_total";
 const COALESCED: &str = "farshore_records_coalesced_total";
 const WRITTEN: &str = "farshore_items_written_total";
 const UNITS: &str = "farshore_write_units_total";
+const BUDGET: &str = "farshore_write_budget_units";
+const LIMIT: &str = "farshore_write_limit_units";
 const DEAD_LETTERED: &str = "farshore_dead_letters_total";
 const THROTTLED: &str = "farshore_throttles_total";
 const RETRIED: &str = "farshore_retries_total";
@@ -80,6 +142,17 @@ const PAUSED: &str = "farshore_paused";
 const DOUBTS: &str = "farshore_doubts_open";
 const RESTARTED: &str = "farshore_task_restarts_total";
 const READY: &str = "farshore_ready";
+const POINT: &str = "farshore_recovery_point_seconds";
+const GROUP_POINT: &str = "farshore_group_recovery_point_seconds";
+const CLOCK_ERROR: &str = "farshore_source_clock_error_seconds";
+const BUILD: &str = "farshore_build_info";
+const STANDBY: &str = "farshore_standby";
+const LAST_RECORD: &str = "farshore_last_record_timestamp_seconds";
+const OUTAGE: &str = "farshore_outage";
+const TAKEN: &str = "farshore_leases_taken_total";
+const LOST: &str = "farshore_leases_lost_total";
+const OPEN: &str = "farshore_shards_open";
+const UNOWNED: &str = "farshore_shards_unowned";
 
 /// All metrics.
 pub const METRICS: &[Metric] = &[
@@ -129,7 +202,19 @@ pub const METRICS: &[Metric] = &[
         UNITS,
         Kind::Counter,
         "table",
-        "Write units spent on the replica, estimated by item size.",
+        "Write units spent on the replica: as the service tells, and where it does not, by item size.",
+    ),
+    metric(
+        BUDGET,
+        Kind::Gauge,
+        "table",
+        "This worker's share now of the table's write budget, in units per second; over the fleet and its jobs no more than `units_per_second`. 0 while it has none, +Inf without a limit.",
+    ),
+    metric(
+        LIMIT,
+        Kind::Gauge,
+        "table",
+        "What throttling of the table leaves of that share, in units per second; the share itself while there is none.",
     ),
     metric(
         DEAD_LETTERED,
@@ -239,7 +324,7 @@ pub const METRICS: &[Metric] = &[
         LETTERS_WAITING,
         Kind::Gauge,
         "",
-        "Dead letters in the queue, received ones included; SQS counts them about right.",
+        "Dead letters that wait, received ones included; SQS counts them about right.",
     ),
     metric(
         LETTERS_LEFT,
@@ -277,6 +362,72 @@ pub const METRICS: &[Metric] = &[
         "",
         "1 when /readyz answers 200, else 0.",
     ),
+    metric(
+        POINT,
+        Kind::Gauge,
+        "table, kind",
+        "Age of the moment of the source before which every change is known to be applied: `proven` by records and ends of shards that are checkpointed, with the clock's error added; `estimated` also by empty pages. +Inf while unknown.",
+    ),
+    metric(
+        GROUP_POINT,
+        Kind::Gauge,
+        "kind",
+        "The same of the group: that of its worst table.",
+    ),
+    metric(
+        CLOCK_ERROR,
+        Kind::Gauge,
+        "",
+        "How far the source's clock may be off, as its answers tell it. Part of every proven age. +Inf before its first answer.",
+    ),
+    metric(
+        BUILD,
+        Kind::Gauge,
+        "version",
+        "1, with the version of this worker.",
+    ),
+    metric(
+        STANDBY,
+        Kind::Gauge,
+        "",
+        "1 while this worker's region is the active one, so that nothing is fed into it, else 0.",
+    ),
+    metric(
+        LAST_RECORD,
+        Kind::Gauge,
+        "table",
+        "When this worker last finished a record, by the source's clock, in seconds since 1970; 0 before the first.",
+    ),
+    metric(
+        OUTAGE,
+        Kind::Gauge,
+        "table, scope",
+        "1 while an outage of the `source`, the `replica`, the `state` table or the `dead-letters` is open, else 0. The table is empty where it is no single table's.",
+    ),
+    new(
+        TAKEN,
+        Kind::Counter,
+        "table, how",
+        "Leases this worker took: `free` where nobody had it, `expired` from an owner that had not given it back.",
+    ),
+    new(
+        LOST,
+        Kind::Counter,
+        "table",
+        "Leases this worker lost to another.",
+    ),
+    new(
+        OPEN,
+        Kind::Gauge,
+        "table",
+        "Shards not applied to their end, whoever owns them.",
+    ),
+    new(
+        UNOWNED,
+        Kind::Gauge,
+        "table",
+        "Open shards that could be read and that nobody living owns, as this worker sees them.",
+    ),
 ];
 
 /// Buckets of the lag: from a tenth of a second to the 24 hours a stream remembers.
@@ -285,11 +436,11 @@ const LAG_BUCKETS: &[f64] = &[
     86_400.0,
 ];
 
-/// Installs the process's recorder. Call once.
+/// Installs the process's recorder, for a worker of `group`. Call once.
 ///
 /// # Errors
 /// When a recorder is installed already.
-pub fn install() -> Result<PrometheusHandle, Failure> {
+pub fn install(group: &str) -> Result<PrometheusHandle, Failure> {
     let failed = |why: String| {
         Failure::new(
             "The metrics could not be set up",
@@ -301,16 +452,23 @@ pub fn install() -> Result<PrometheusHandle, Failure> {
     let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Full(LAG.to_owned()), LAG_BUCKETS)
         .map_err(|error: BuildError| failed(error.to_string()))?
+        .add_global_label("group", group)
         .build_recorder();
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder).map_err(|error| failed(error.to_string()))?;
     for metric in METRICS {
+        let unit = match metric.unit() {
+            Measure::Seconds => Unit::Seconds,
+            Measure::Count | Measure::Ratio | Measure::Flag => Unit::Count,
+        };
         match metric.kind {
-            Kind::Counter => describe_counter!(metric.name, Unit::Count, metric.meaning),
-            Kind::Gauge => describe_gauge!(metric.name, metric.meaning),
-            Kind::Histogram => describe_histogram!(metric.name, Unit::Seconds, metric.meaning),
+            Kind::Counter => describe_counter!(metric.name, unit, metric.meaning),
+            Kind::Gauge => describe_gauge!(metric.name, unit, metric.meaning),
+            Kind::Histogram => describe_histogram!(metric.name, unit, metric.meaning),
         }
     }
+    gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    gauge!(STANDBY).set(0.0);
     Ok(handle)
 }
 
@@ -332,8 +490,24 @@ pub fn begin(table: &str) {
         REPAIR_WRITES,
         REPAIR_REFUSED,
         HALTED,
+        LOST,
     ] {
         counter!(name, "table" => table.to_owned()).absolute(0);
+    }
+    for how in ["free", "expired"] {
+        counter!(TAKEN, "table" => table.to_owned(), "how" => how).absolute(0);
+    }
+    for kind in ["proven", "estimated"] {
+        gauge!(POINT, "table" => table.to_owned(), "kind" => kind).set(f64::INFINITY);
+        gauge!(GROUP_POINT, "kind" => kind).set(f64::INFINITY);
+    }
+    for scope in Scope::ALL {
+        outage(table, scope, false);
+    }
+    // Begun, and not set: the tasks of a table may start over.
+    gauge!(LAST_RECORD, "table" => table.to_owned()).increment(0.0);
+    for reason in GapReason::ALL {
+        gauge!(GAPS, "table" => table.to_owned(), "reason" => reason.label()).increment(0.0);
     }
     for class in [Class::Validation, Class::CollectionFull, Class::Undecodable] {
         counter!(DEAD_LETTERED, "table" => table.to_owned(), "class" => class.label()).absolute(0);
@@ -342,6 +516,7 @@ pub fn begin(table: &str) {
 
 /// Makes the worker's counters exist before their first event.
 pub fn begin_worker() {
+    counter!(HANDED_OVER).absolute(0);
     for task in ["shard", "reader", "stream", "table", "rows"] {
         counter!(RESTARTED, "task" => task).absolute(0);
     }
@@ -373,9 +548,16 @@ pub fn skipped(table: &str, reason: &'static str) {
 }
 
 /// Items were written at a cost of `units`.
-pub fn written(table: &str, items: usize, units: u32) {
+pub fn written(table: &str, items: usize, units: f64) {
     counter!(WRITTEN, "table" => table.to_owned()).increment(items as u64);
-    counter!(UNITS, "table" => table.to_owned()).increment(u64::from(units));
+    counter!(UNITS, "table" => table.to_owned()).increment(units.round() as u64);
+}
+
+/// What this worker may spend of the write budget of `table`, in units a second, and what throttling
+/// leaves of it.
+pub fn write_budget(table: &str, share: f64, limit: f64) {
+    gauge!(BUDGET, "table" => table.to_owned()).set(share);
+    gauge!(LIMIT, "table" => table.to_owned()).set(limit.min(share));
 }
 
 /// A record went to the dead letters.
@@ -495,8 +677,10 @@ mod tests {
             } else {
                 metric.labels
             };
+            let unit = format!("{:?}", metric.unit()).to_lowercase();
+            let stability = format!("{:?}", metric.stability).to_lowercase();
             let row = format!(
-                "| `{}` | {kind} | {labels} | {} |",
+                "| `{}` | {kind} | {unit} | {labels} | {stability} | {} |",
                 metric.name, metric.meaning
             );
             assert!(

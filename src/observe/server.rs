@@ -1,12 +1,12 @@
-//! The worker's HTTP server: `/metrics`, `/livez`, `/readyz`; `/active` and `/region` are
-//! [`active`](super::active)'s.
+//! The worker's HTTP server: the page, `/metrics`, `/livez`, `/readyz`, `/status`; `/active` and
+//! `/region` are [`active`](super::active)'s.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -16,13 +16,27 @@ use tokio_util::sync::CancellationToken;
 
 use super::active;
 use super::health::Health;
+use super::page::page;
+use super::view::View;
 use super::whereabouts::Whereabouts;
 use crate::error::Failure;
+
+/// What the server shows of the worker behind it.
+pub trait Show: Send + Sync {
+    /// All that there is to see.
+    fn view(&self) -> View;
+    /// Metrics are about to be read: those that grow older by themselves are set to what they are now.
+    fn before_metrics(&self);
+}
+
+/// Where a worker puts itself once it is put together.
+pub type Stage = Arc<OnceLock<Arc<dyn Show>>>;
 
 #[derive(Clone)]
 struct Shared {
     health: Arc<Health>,
     metrics: Option<PrometheusHandle>,
+    stage: Stage,
 }
 
 /// Binds the address of metrics and health.
@@ -44,14 +58,21 @@ pub async fn serve(
     listener: TcpListener,
     health: Arc<Health>,
     metrics: Option<PrometheusHandle>,
+    stage: Stage,
     whereabouts: Whereabouts,
     stop: CancellationToken,
 ) {
     let router = Router::new()
+        .route("/", get(page))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
+        .route("/status", get(status))
         .route("/metrics", get(render))
-        .with_state(Shared { health, metrics })
+        .with_state(Shared {
+            health,
+            metrics,
+            stage,
+        })
         .merge(active::routes(whereabouts, stop.clone()));
     let served = axum::serve(listener, router)
         .with_graceful_shutdown(async move { stop.cancelled().await })
@@ -90,7 +111,25 @@ async fn readyz(State(shared): State<Shared>) -> impl IntoResponse {
     (status, Json(body))
 }
 
+/// All that there is to see. Answers 200 however bad it is: [`readyz`] is for alarms.
+async fn status(State(shared): State<Shared>) -> Response {
+    match shared.stage.get() {
+        Some(show) => {
+            let headers = [(header::CACHE_CONTROL, "no-store")];
+            (headers, Json(show.view())).into_response()
+        }
+        None => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            Json(json!({ "version": 1, "starting": true })),
+        )
+            .into_response(),
+    }
+}
+
 async fn render(State(shared): State<Shared>) -> impl IntoResponse {
+    if let Some(show) = shared.stage.get() {
+        show.before_metrics();
+    }
     match shared.metrics {
         Some(metrics) => (
             StatusCode::OK,

@@ -19,6 +19,7 @@ use crate::config::{Config, Table};
 use crate::dead_letter::Store;
 use crate::dynamo::RegionClients;
 use crate::error::Fault;
+use crate::lease::budget_keeper::BudgetKeeper;
 use crate::lease::doubts::until_ms;
 use crate::lease::row::{GapRow, ShardRow};
 use crate::lease::table::{StateTable, record_gap};
@@ -50,6 +51,8 @@ pub struct Shared {
     /// Writes to every replica, by the table's name in the configuration: replay and repair share
     /// its budget.
     pub writers: BTreeMap<String, Arc<Writer>>,
+    /// This worker's shares of the write budgets.
+    pub budgets: BudgetKeeper,
     /// Where dead letters go.
     pub dead_letters: Store,
     /// Dead letters on their way at once. Without a bound, mass poison would take every thread and
@@ -146,7 +149,7 @@ impl TableContext {
             table: table.clone(),
             stream_arn: stream_arn.to_owned(),
             discovery,
-            meters: Replay::of(&table.name),
+            meters: Replay::of(&table.name, &shared.board),
         }))
     }
 

@@ -31,11 +31,9 @@ use crate::lease::hold::{Hold, Terms};
 use crate::lease::row::{DoubtRow, GapReason, GapRow, UNREAD_LIMIT_MS, known_table_id};
 use crate::lease::rules::take_name;
 use crate::lease::table::Written;
-use crate::observe::board::Board;
 use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::repair::{Attempts, KeepExpired, Refused, Repaired, Repairer, Unfinished};
-use crate::stream::change::decode;
 use crate::stream::reader::{PAGE_RECORDS_MAX, Page, Position, ShardReader};
 use crate::stream::sequence::SequenceNumber;
 use crate::stream::stream_label;
@@ -373,7 +371,7 @@ impl<'a> DoubtRepair<'a> {
     /// Takes in a page's keys. Returns whether the range is over.
     fn take_in(&mut self, page: Page, row: &DoubtRow, last: Option<&SequenceNumber>) -> bool {
         for record in page.records {
-            let (sequence, created_ms, keys) = match decode(record) {
+            let (sequence, created_ms, keys) = match record {
                 Ok(change) => (Some(change.sequence), change.created_ms, Some(change.keys)),
                 Err(bad) => (bad.sequence, bad.created_ms, bad.keys),
             };
@@ -508,8 +506,10 @@ impl<'a> DoubtRepair<'a> {
             self.covered().note(&refused.change.key, begun);
             self.lettered += 1;
             metrics::repair_refused(table, 1);
-            metrics::dead_lettered(table, refused.fault.class);
-            Board::add(&context.shared.board.totals.dead_letters, 1);
+            context
+                .shared
+                .board
+                .dead_lettered(table, refused.fault.class);
         }
         Ok(())
     }
@@ -529,8 +529,12 @@ impl<'a> DoubtRepair<'a> {
         let at = rfc3339(host_ms());
         // Nothing has to be drained for it: its writes are dead, and what is read now is younger.
         let gap = GapRow::new(row.epoch, &row.table, reason, &detail, at)
-            .found(shared.source.clock.now_ms());
+            .found(shared.source.clock.now_ms())
+            .applied_until(row.applied_until);
         shared.store_gap(&gap, "repair").await;
+        // Nobody reads the state table for longer than a lease: who does not see the gap yet still sees the
+        // doubt, and the recovery point is held back by one of them.
+        tokio::time::sleep(shared.config.leases.duration).await;
         Ok(())
     }
 }

@@ -7,13 +7,14 @@ use super::context::TableContext;
 use crate::backoff::Backoff;
 use crate::dead_letter::message::{DeadLetter, Place, Reason, VERSION};
 use crate::dynamo::clock::{host_ms, rfc3339};
+use crate::dynamo::image::Image;
 use crate::dynamo::json::item_to_json;
-use crate::dynamo::value::{Item, item_from_stream};
+use crate::dynamo::value::Item;
 use crate::error::{Class, Fault};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::repair::{Attempts, Refused};
-use crate::stream::change::{Change, Event};
+use crate::stream::change::{Change, Event, OldImage};
 use crate::stream::sequence::SequenceNumber;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -43,12 +44,11 @@ impl Letter {
         letter.sequence_number = Some(change.sequence.as_str().to_owned());
         letter.event = Some(change.event.name().to_owned());
         letter.keys = Some(item_to_json(&change.keys));
-        letter.new_image = change.new_image.as_ref().map(item_to_json);
-        if let Some(old) = change.old_image.clone() {
-            match item_from_stream(old) {
-                Ok(old) => letter.old_image = Some(item_to_json(&old)),
-                Err(_) => letter.omitted.push("oldImage".to_owned()),
-            }
+        letter.new_image = change.new_image.as_ref().map(Image::to_value);
+        match &change.old_image {
+            Some(OldImage::Known(old)) => letter.old_image = Some(old.to_value()),
+            Some(OldImage::Unknown) => letter.omitted.push("oldImage".to_owned()),
+            None => {}
         }
         letter.attempts = attempts;
         letter.error = reason(fault);
@@ -72,7 +72,7 @@ impl Letter {
         };
         letter.event = Some(event.name().to_owned());
         letter.keys = Some(item_to_json(&change.keys));
-        letter.new_image = change.new_image.as_ref().map(item_to_json);
+        letter.new_image = change.new_image.as_ref().map(Image::to_value);
         letter.old_image = refused.held.as_deref().map(item_to_json);
         letter.attempts = refused.attempts;
         letter.error = reason(&refused.fault);

@@ -1,4 +1,5 @@
-//! The alarm before a queue forgets: its oldest letter's time is looked at again and again.
+//! How many dead letters wait, and the alarm before a queue forgets: its oldest letter's time is looked at
+//! again and again.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::context::Shared;
 use crate::dead_letter::Store;
 use crate::dead_letter::sqs::Queue;
+use crate::dead_letter::survey::survey;
 use crate::dynamo::clock::host_ms;
 use crate::error::Fault;
 use crate::observe::health::{LettersLeft, Scope};
@@ -16,6 +18,8 @@ use crate::observe::metrics;
 const LOOK_LEASES: u32 = 6;
 /// A queue shows a few of its messages at a time: the oldest of these looks counts.
 const LOOKS_REMEMBERED: usize = 30;
+/// A look takes one part in so many of the time at most: a directory is read whole.
+const LOOK_PARTS: u32 = 50;
 /// The alarm comes this long before the queue forgets a letter, or when a quarter of the time it
 /// keeps letters is left.
 const ALARM_BEFORE: Duration = Duration::from_secs(24 * 3_600);
@@ -50,49 +54,60 @@ impl Oldest {
     }
 }
 
-/// What is left for the oldest letter, and whether somebody has to know.
-fn left(sent_ms: i64, now_ms: i64, retention: Duration, waiting: u64) -> LettersLeft {
+/// What is left for the oldest letter, sent at `sent_ms` where any waits, and whether somebody has to know.
+fn left(sent_ms: Option<i64>, now_ms: i64, retention: Duration, waiting: u64) -> LettersLeft {
     let kept_ms = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
-    let left_ms = u64::try_from(sent_ms.saturating_add(kept_ms) - now_ms).unwrap_or(0);
-    let left = Duration::from_millis(left_ms);
+    let left = sent_ms.map(|sent_ms| {
+        let left_ms = u64::try_from(sent_ms.saturating_add(kept_ms) - now_ms).unwrap_or(0);
+        Duration::from_millis(left_ms)
+    });
     LettersLeft {
         waiting,
         left,
-        is_urgent: left < ALARM_BEFORE.min(retention / 4),
+        is_urgent: left.is_some_and(|left| left < ALARM_BEFORE.min(retention / 4)),
     }
 }
 
-/// Looks at the queue for as long as the worker lives. A directory forgets nothing.
+/// Looks at the dead letters for as long as the worker lives.
 pub async fn watch_letters(shared: Arc<Shared>) {
-    let Store::Queue(queue) = &shared.dead_letters else {
-        std::future::pending::<()>().await;
-        return;
-    };
     let every = shared.config.leases.duration * LOOK_LEASES;
     let mut oldest = Oldest::default();
     loop {
         let begun = Instant::now();
-        match look(queue, &mut oldest).await {
-            Ok((waiting, retention)) => {
+        match look(&shared, &mut oldest).await {
+            Ok(letters) => {
                 shared.health.succeeded(Scope::DeadLetters, "", "alarm");
-                let now_ms = shared.target.clock.now_ms();
-                let left = oldest
-                    .sent_ms()
-                    .map(|sent_ms| left(sent_ms, now_ms, retention, waiting));
-                metrics::letters_waiting(waiting, left.as_ref().map(|left| left.left));
-                shared.health.set_letters(left);
+                metrics::letters_waiting(letters.waiting, letters.left);
+                shared.health.set_letters(letters);
             }
             Err(fault) => {
                 let health = &shared.health;
                 health.failed(Scope::DeadLetters, "", "alarm", &fault);
             }
         }
-        tokio::time::sleep_until((begun + every).into()).await;
+        let pause = every.max(begun.elapsed() * LOOK_PARTS);
+        tokio::time::sleep_until((begun + pause).into()).await;
     }
 }
 
-/// One look: how many letters wait, and how long the queue keeps them.
-async fn look(queue: &Queue, oldest: &mut Oldest) -> Result<(u64, Duration), Fault> {
+/// One look: how many letters wait, and how long for.
+async fn look(shared: &Shared, oldest: &mut Oldest) -> Result<LettersLeft, Fault> {
+    match &shared.dead_letters {
+        Store::Queue(queue) => {
+            let (waiting, retention) = look_at_queue(queue, oldest).await?;
+            let now_ms = shared.target.clock.now_ms();
+            Ok(left(oldest.sent_ms(), now_ms, retention, waiting))
+        }
+        // It forgets nothing.
+        directory @ Store::Directory(_) => {
+            let waiting = survey(directory, 0).await?.waiting;
+            Ok(left(None, 0, Duration::ZERO, waiting))
+        }
+    }
+}
+
+/// How many letters wait in a queue, and how long it keeps them.
+async fn look_at_queue(queue: &Queue, oldest: &mut Oldest) -> Result<(u64, Duration), Fault> {
     let Some(said) = queue.attributes().await? else {
         oldest.clear();
         return Ok((0, Duration::ZERO));
@@ -133,8 +148,8 @@ mod tests {
     fn the_alarm_comes_a_day_before_or_with_the_last_quarter() {
         let day = Duration::from_secs(24 * 3_600);
         let urgent = |retention: Duration, age: Duration| {
-            let left = left(0, age.as_millis() as i64, retention, 1);
-            (left.is_urgent, left.left)
+            let letters = left(Some(0), age.as_millis() as i64, retention, 1);
+            (letters.is_urgent, letters.left.unwrap())
         };
         let second = Duration::from_secs(1);
         assert_eq!(urgent(14 * day, 13 * day), (false, day));
@@ -142,5 +157,8 @@ mod tests {
         assert!(!urgent(2 * day, 36 * day / 24).0);
         assert!(urgent(2 * day, 37 * day / 24).0);
         assert_eq!(urgent(day, 2 * day), (true, Duration::ZERO));
+        // None waits, and that is known.
+        let none = left(None, 0, day, 0);
+        assert_eq!((none.waiting, none.left, none.is_urgent), (0, None, false));
     }
 }

@@ -6,12 +6,11 @@ use super::context::Shared;
 use super::rows::Snapshot;
 use super::tap::pause_of;
 use crate::lease::orphans::readable;
-use crate::lease::row::PauseRow;
+use crate::lease::row::{PauseRow, ShardRow};
 use crate::observe::health::{TableDoubts, TableTap};
 use crate::observe::metrics;
-
-/// A doubt that is due for longer than this should have been repaired: ten minutes.
-pub const DOUBT_PATIENCE_MS: i64 = 10 * 60 * 1_000;
+use crate::observe::recovery::of_group;
+pub use crate::observe::view::build::DOUBT_PATIENCE_MS;
 
 /// Shows where everything stands.
 pub fn look(shared: &Shared) {
@@ -22,10 +21,18 @@ pub fn look(shared: &Shared) {
         .filter(|row| row.epoch == shared.epoch && !row.is_finished())
         .filter(|row| shared.config.tables.iter().any(|t| t.name == row.table))
         .map(|row| (row.table.as_str(), row.shard_id.as_str(), row.proven_ms()));
-    let headroom = shared.board.publish(open, shared.source.clock.now_ms());
+    let now_ms = shared.source.clock.now_ms();
+    let headroom = shared.board.publish(open, now_ms);
+    let points = shared.recovery_points(&rows);
+    let age = of_group(points.values()).age(shared.clock());
+    shared.board.set_points(points, age, now_ms);
     if rows.read {
         show_rows(shared, &rows, &headroom);
         note_unowned(shared, &rows);
+    }
+    for (table, writer) in &shared.writers {
+        let budget = writer.budget();
+        metrics::write_budget(table, budget.share(), budget.rate());
     }
     shared.look_at_halts();
     shared.health.watch();
@@ -38,6 +45,9 @@ fn show_rows(shared: &Shared, rows: &Snapshot, headroom: &BTreeMap<String, f64>)
         let name = table.name.as_str();
         let pause = pause_of(&rows.pauses, name);
         metrics::paused(name, pause.is_some());
+        shared
+            .health
+            .set_headroom(name, headroom.get(name).copied());
         shared.health.set_tap(
             name,
             pause.map(|row| TableTap {
@@ -84,5 +94,14 @@ fn note_unowned(shared: &Shared, rows: &Snapshot) {
     let unowned = readable(&rows.shards, shared.epoch)
         .filter(|row| ours(&row.table) && rows.takeable.contains(&row.lease_key))
         .map(|row| (row.table.clone(), row.lease_key.clone()));
+    let unowned: Vec<(String, String)> = unowned.collect();
+    for table in &shared.config.tables {
+        let of_table = |row: &&ShardRow| row.epoch == shared.epoch && row.table == table.name;
+        let open = rows.shards.iter().filter(of_table);
+        let open = open.filter(|row| !row.is_finished()).count();
+        let nobodys = unowned.iter().filter(|(of, _)| *of == table.name).count();
+        metrics::shards(&table.name, open, nobodys);
+    }
+    let unowned = unowned.into_iter();
     shared.health.set_unowned(unowned, begun);
 }

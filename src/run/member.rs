@@ -22,6 +22,8 @@ use crate::observe::health::Scope;
 
 /// What health knows the row by.
 const PART: &str = "worker";
+/// What health knows the shares of the write budgets by.
+const BUDGET: &str = "budget";
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long a stop waits until the others know of it. They find out without, only later.
@@ -177,6 +179,28 @@ async fn keep_sharing(shared: Arc<Shared>) {
     }
 }
 
+/// Keeps this worker's shares of the write budgets. A task that dies is started again.
+pub async fn keep_budgets(shared: Arc<Shared>) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let keeping = Arc::clone(&shared);
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let health = &keeping.health;
+            let report = |result: Result<(), &Fault>| match result {
+                Ok(()) => health.succeeded(Scope::State, "", BUDGET),
+                Err(fault) => health.failed(Scope::State, "", BUDGET, fault),
+            };
+            keeping.budgets.keep(report).await;
+        });
+        task.join_next().await;
+        tracing::error!(
+            "the task that keeps this worker's write budgets ended by itself; it starts over"
+        );
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
 /// Before a worker drains: the others need not leave a share to it any more. Takes half a second at
 /// most; those that do not hear of it now, see it later.
 pub async fn leave(shared: &Shared) {
@@ -187,4 +211,6 @@ pub async fn leave(shared: &Shared) {
 /// After a worker has drained: its row goes. If that fails, the others delete it in time.
 pub async fn depart(shared: &Shared) {
     let _ = tokio::time::timeout(FAREWELL, shared.member.depart()).await;
+    // Nothing is written any more; if it fails, the others take it at the end of the hold.
+    shared.budgets.leave(FAREWELL).await;
 }

@@ -18,6 +18,8 @@ use crate::mutation::trouble;
 use crate::observe::health::{Health, Scope};
 use crate::observe::metrics;
 use crate::observe::pulse::Pulse;
+use crate::observe::recovery::Holds;
+use crate::observe::view::build::Rows;
 
 /// The state table as read at one moment.
 #[derive(Debug, Default)]
@@ -55,11 +57,52 @@ pub struct Snapshot {
     pub plans: Vec<ReconcileRow>,
     /// Their segments.
     pub segments: Vec<SegmentRow>,
+    /// What holds back what the rows of shards may say to be proven.
+    pub holds: Holds,
     /// Whether it has been read at all.
     pub read: bool,
 }
 
 impl Snapshot {
+    /// The rows of one reading, sorted out. What observers tell of them is empty.
+    pub fn of(rows: Vec<Row>) -> Self {
+        let mut snapshot = Self {
+            read: true,
+            ..Self::default()
+        };
+        for row in rows {
+            match row {
+                Row::Shard(row) => snapshot.shards.push(row),
+                Row::Stream(row) => snapshot.streams.push(row),
+                Row::Gap(row) => snapshot.gaps.push(row),
+                Row::Worker(row) => snapshot.workers.push(row),
+                Row::Doubt(row) => snapshot.doubts.push(row),
+                Row::Pause(row) => snapshot.pauses.push(row),
+                Row::Control(row) => snapshot.control = Some(row),
+                Row::Reconcile(row) => snapshot.plans.push(row),
+                Row::Segment(row) => snapshot.segments.push(row),
+                Row::Job(_) | Row::Budget(_) | Row::Other(_) => {}
+            }
+        }
+        snapshot.holds = Holds::of(&snapshot.doubts, &snapshot.gaps);
+        snapshot
+    }
+
+    /// The rows, to be seen.
+    pub fn seen(&self) -> Rows<'_> {
+        Rows {
+            control: self.control.as_ref(),
+            shards: &self.shards,
+            streams: &self.streams,
+            gaps: &self.gaps,
+            doubts: &self.doubts,
+            workers: &self.workers,
+            pauses: &self.pauses,
+            plans: &self.plans,
+            segments: &self.segments,
+        }
+    }
+
     /// The comparisons, with their segments.
     pub fn jobs(&self) -> Vec<Progress<'_>> {
         comparisons(&self.plans, &self.segments)
@@ -208,24 +251,7 @@ fn next_expiry(
 
 fn digest(rows: Vec<Row>, observers: &mut Observers, terms: &Terms, health: &Health) -> Snapshot {
     let duration = terms.lease;
-    let mut snapshot = Snapshot {
-        read: true,
-        ..Snapshot::default()
-    };
-    for row in rows {
-        match row {
-            Row::Shard(row) => snapshot.shards.push(row),
-            Row::Stream(row) => snapshot.streams.push(row),
-            Row::Gap(row) => snapshot.gaps.push(row),
-            Row::Worker(row) => snapshot.workers.push(row),
-            Row::Doubt(row) => snapshot.doubts.push(row),
-            Row::Pause(row) => snapshot.pauses.push(row),
-            Row::Control(row) => snapshot.control = Some(row),
-            Row::Reconcile(row) => snapshot.plans.push(row),
-            Row::Segment(row) => snapshot.segments.push(row),
-            Row::Job(_) | Row::Other(_) => {}
-        }
-    }
+    let mut snapshot = Snapshot::of(rows);
     show_gaps(&snapshot, terms, health);
     let now = Instant::now();
     observers.shards.observe(snapshot.shards.iter(), now);

@@ -1,6 +1,7 @@
 //! One shard from its checkpoint to its end: read, decode, coalesce, apply, checkpoint.
 
 mod poison;
+mod proof;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -20,6 +21,7 @@ use super::source::{Read, Restart, read_shard};
 use super::tap::Gate;
 use super::vital::Vital;
 use crate::apply::batch::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Outcome, Sent};
+use crate::apply::budget::Budget;
 use crate::apply::coalesce::{SlotId, Window};
 use crate::backoff::Backoff;
 use crate::config::TtlDeletes;
@@ -34,7 +36,8 @@ use crate::observe::board::{Board, Standing};
 use crate::observe::health::Scope;
 use crate::observe::metrics;
 use crate::observe::metrics::replay::Tally;
-use crate::stream::change::{Event, decode};
+use crate::observe::recovery::Proof;
+use crate::stream::change::Event;
 use crate::stream::reader::Position;
 use crate::stream::sequence::SequenceNumber;
 
@@ -68,6 +71,8 @@ struct Delivered {
 /// How storing a checkpoint ended.
 struct Checkpointed {
     sequence: SequenceNumber,
+    /// What it proves, and what its row says of that, in milliseconds.
+    proves: (Option<i64>, Option<i64>),
     /// The doubt stored before it.
     doubt: Option<(Range, DoubtRow)>,
     result: Result<(), Fault>,
@@ -79,11 +84,15 @@ struct Consumer<'a> {
     lease: &'a Arc<Lease>,
     stop: &'a CancellationToken,
     shard: String,
+    /// Key of its row.
+    key: String,
     /// Where it began to read.
     start: Position,
     /// What may still take effect and is not stored as a doubt yet.
     doubts: ShardDoubts,
     window: Window,
+    /// What throttling of its keys leaves to it.
+    lane: Arc<Budget>,
     writes: FuturesUnordered<Later<'a, Sent>>,
     letters: FuturesUnordered<Later<'a, Delivered>>,
     checkpointing: Option<Later<'a, Checkpointed>>,
@@ -95,6 +104,12 @@ struct Consumer<'a> {
     /// Nothing is sent before this.
     not_before: Instant,
     standing: Standing,
+    /// What may be said to be proven.
+    proof: Proof,
+    /// When the page was asked for that ended the shard, by the source's clock.
+    ended_ms: Option<i64>,
+    /// Whether no record of it was ever taken in by this owner.
+    is_untouched: bool,
     /// The last position taken in; a record without one of its own stands there.
     last_sequence: Option<SequenceNumber>,
     /// The position was lost: once what was taken in is durable, the new one is stored.
@@ -119,7 +134,10 @@ pub async fn consume(
     stop: CancellationToken,
 ) -> Ended {
     if let Some(range) = inherited {
-        let stored = store_inherited(&context, lease.shard(), &range);
+        let shared = &context.shared;
+        let applied_until = row.proven_until;
+        let applied_until = applied_until.or_else(|| shared.proven_of_shard(&row.lease_key));
+        let stored = store_inherited(&context, lease.shard(), &range, applied_until);
         tokio::select! {
             biased;
             () = lease.lost().cancelled() => return Ended::Lost,
@@ -143,9 +161,11 @@ pub async fn consume(
         lease: &lease,
         stop: &stop,
         shard: lease.shard().0.clone(),
+        key: row.lease_key.clone(),
         start: position,
         doubts: ShardDoubts::default(),
         window: Window::new(context.shared.config.coalesces(&context.table)),
+        lane: Arc::new(context.writer.budget().lane()),
         writes: FuturesUnordered::new(),
         letters: FuturesUnordered::new(),
         checkpointing: None,
@@ -156,7 +176,12 @@ pub async fn consume(
         standing: Standing {
             oldest_open_ms: None,
             applied_until_ms: row.watermark,
+            proven_ms: row.proven_until,
         },
+        // Whatever was stored before by others, an inherited doubt included, is read later.
+        proof: Proof::new(row.proven_until, Instant::now()),
+        ended_ms: None,
+        is_untouched: true,
         last_sequence: None,
         restart: None,
         gate: Gate::new(&context.shared, &context.table.name, &stop),
@@ -263,6 +288,7 @@ impl<'a> Consumer<'a> {
                             self.vital.read();
                             self.lease.note_read();
                             at_end = read.page.end;
+                            self.ended_ms = read.ended_ms;
                             self.restart = read.restart.take();
                             self.is_behind = read.is_full && !at_end;
                             self.admit(read);
@@ -291,10 +317,12 @@ impl<'a> Consumer<'a> {
             && self.window.is_empty()
         {
             self.standing.applied_until(caught_up_ms);
+            self.note_nothing(caught_up_ms);
         }
+        self.is_untouched &= read.page.records.is_empty();
         let table = &self.context.table;
         for record in read.page.records {
-            let change = match decode(record) {
+            let change = match record {
                 Ok(change) => change,
                 Err(bad) => {
                     let sequence = bad.sequence.or_else(|| self.last_sequence.clone());
@@ -355,8 +383,9 @@ impl<'a> Consumer<'a> {
             }
             let (context, flow) = (self.context, self.gate.flow());
             let bound: Arc<dyn Bound> = Arc::clone(self.lease) as _;
+            let lane = Arc::clone(&self.lane);
             self.writes.push(Box::pin(async move {
-                context.writer.write(&bound, &flow, ops).await
+                context.writer.write_in(&lane, &bound, &flow, ops).await
             }));
         }
     }
@@ -371,8 +400,13 @@ impl<'a> Consumer<'a> {
                 Some(durable) => Position::After(durable.sequence.clone()),
                 None => self.start.clone(),
             };
+            let shared = &self.context.shared;
+            let applied_until = (self.window.proven_ms())
+                .or(self.proof.stored_ms())
+                .or_else(|| shared.proven_of_shard(&self.key));
+            self.proof.doubted(applied_until);
             self.doubts
-                .add(&from, last, self.context.shared.doubt_until_ms());
+                .add(&from, last, shared.doubt_until_ms(), applied_until);
         }
         let mut tally = Tally::default();
         for (op, outcome) in sent.outcomes {
@@ -444,10 +478,14 @@ impl<'a> Consumer<'a> {
 
     fn show(&mut self) {
         self.standing.oldest_open_ms = self.window.oldest_open_ms();
+        // What held it back may be gone.
+        self.proof.said(self.may_say(self.proof.stored_ms()));
+        self.standing.proven_ms = self.proof.said_ms();
         let shared = &self.context.shared;
         let now_ms = shared.source.clock.now_ms();
         self.lease.note(Progress {
             watermark_ms: self.standing.applied_until_ms,
+            proven_ms: self.standing.proven_ms,
             headroom_s: self.standing.headroom_s(now_ms).map(|s| s as i64),
         });
         shared
@@ -467,6 +505,8 @@ impl<'a> Consumer<'a> {
         }
         if let Some(sequence) = self.progress() {
             let lease = Arc::clone(self.lease);
+            let proves = self.window.proven_ms();
+            let proves = (proves, self.may_say(proves));
             let doubt = self.doubts.store(self.context, lease.shard());
             self.checkpointing = Some(Box::pin(async move {
                 // The checkpoint must not pass what is in doubt nowhere but here.
@@ -475,14 +515,16 @@ impl<'a> Consumer<'a> {
                     Err(fault) => {
                         return Checkpointed {
                             sequence,
+                            proves,
                             doubt: None,
                             result: Err(fault),
                         };
                     }
                 };
-                let result = lease.checkpoint(&sequence).await;
+                let result = lease.checkpoint(&sequence, proves.1).await;
                 Checkpointed {
                     sequence,
+                    proves,
                     doubt,
                     result,
                 }
@@ -492,13 +534,15 @@ impl<'a> Consumer<'a> {
 
     fn on_checkpointed(&mut self, done: Checkpointed) {
         self.checkpointing = None;
-        self.doubts.stored(done.doubt);
+        self.doubts_stored(done.doubt);
         let health = &self.context.shared.health;
         let table = &self.context.table.name;
         match done.result {
             Ok(()) => {
                 self.stored = Some(done.sequence);
+                self.proof.checkpointed(done.proves.0, done.proves.1);
                 health.succeeded(Scope::State, table, &self.shard);
+                self.show();
             }
             // A lost lease shows in the main loop.
             Err(_) if self.lease.lost().is_cancelled() => {}
@@ -532,6 +576,7 @@ impl<'a> Consumer<'a> {
         // What is put in doubt from now on begins there, and not at a position that is lost.
         self.start = Position::TrimHorizon;
         self.doubts = ShardDoubts::default();
+        self.proof.begin_anew(Instant::now());
         self.window = Window::new(self.context.shared.config.coalesces(&self.context.table));
         self.stored = None;
         self.last_sequence = None;
@@ -566,15 +611,18 @@ impl<'a> Consumer<'a> {
     async fn store_progress(&mut self) -> Result<(), Fault> {
         self.store_doubts().await?;
         if let Some(sequence) = self.progress() {
-            self.lease.checkpoint(&sequence).await?;
+            let proves = self.window.proven_ms();
+            let said = self.may_say(proves);
+            self.lease.checkpoint(&sequence, said).await?;
             self.stored = Some(sequence);
+            self.proof.checkpointed(proves, said);
         }
         Ok(())
     }
 
     async fn store_doubts(&mut self) -> Result<(), Fault> {
         let doubt = self.doubts.store(self.context, self.lease.shard()).await?;
-        self.doubts.stored(doubt);
+        self.doubts_stored(doubt);
         Ok(())
     }
 
@@ -584,6 +632,12 @@ impl<'a> Consumer<'a> {
         let table = &context.table.name;
         let shared = &context.shared;
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        // All of it is applied, whatever comes after it.
+        if let Some(ended_ms) = self.ended_ms {
+            self.standing.applied_until(ended_ms);
+            self.note_nothing(ended_ms);
+        }
+        self.show();
         loop {
             self.vital.ends();
             let lease = self.lease;
@@ -598,7 +652,10 @@ impl<'a> Consumer<'a> {
             let finished = async {
                 // Whoever reads the children must not find this one's doubts missing.
                 self.store_doubts().await?;
-                lease.finish(&children?).await
+                let proves = self.window.proven_ms().or(self.proof.stored_ms());
+                let said = self.may_say(proves);
+                let at_ms = shared.source.clock.now_ms();
+                lease.finish(&children?, at_ms, said).await
             };
             let result = tokio::select! {
                 () = lease.lost().cancelled() => return Ended::Lost,

@@ -20,9 +20,7 @@ use crate::stream::{ShardId, stream_label};
 
 /// A page with this many records, or of so many bytes, was cut by count or size: more is waiting.
 const FULL_PAGE_RECORDS: usize = 200;
-const FULL_PAGE_BYTES: i64 = 512 << 10;
-/// What a record takes besides its images.
-const RECORD_BYTES: usize = 384;
+const FULL_PAGE_BYTES: usize = 512 << 10;
 /// Pause after a page of a backlog that does not fill a batch.
 const SHORT_PAUSE: Duration = Duration::from_millis(50);
 /// Records so old are of a backlog, however few come at once.
@@ -43,6 +41,8 @@ pub struct Read {
     /// A moment of the source, in milliseconds, up to which the shard was seen to hold nothing
     /// that was not read.
     pub caught_up_ms: Option<i64>,
+    /// When the page was asked for that ended the shard, by the source's clock, in milliseconds.
+    pub ended_ms: Option<i64>,
     /// The position was lost: nothing more is read before everything taken in so far is durable, and
     /// the new position stored.
     pub restart: Option<Restart>,
@@ -58,8 +58,9 @@ pub struct Restart {
 }
 
 impl Read {
-    fn page(page: Page, is_full: bool, caught_up_ms: Option<i64>) -> Self {
+    fn page(page: Page, is_full: bool, caught_up_ms: Option<i64>, asked_ms: i64) -> Self {
         Self {
+            ended_ms: page.end.then_some(asked_ms),
             page,
             is_full,
             caught_up_ms,
@@ -68,8 +69,16 @@ impl Read {
     }
 
     fn empty(end: bool) -> Self {
-        let records = Vec::new();
-        Self::page(Page { records, end }, false, None)
+        Self {
+            page: Page {
+                records: Vec::new(),
+                end,
+            },
+            is_full: false,
+            caught_up_ms: None,
+            ended_ms: None,
+            restart: None,
+        }
     }
 }
 
@@ -140,7 +149,7 @@ pub async fn read_shard(
                     .flatten();
                 proven_ms = proven_ms.max(caught_up_ms.unwrap_or(0));
                 if pages
-                    .send(Read::page(page, is_full, caught_up_ms))
+                    .send(Read::page(page, is_full, caught_up_ms, asked_ms))
                     .await
                     .is_err()
                     || end
@@ -198,8 +207,8 @@ pub async fn read_shard(
 
 /// What a page holds.
 struct Size {
-    /// Bytes of its images, as the service tells them.
-    bytes: i64,
+    /// Bytes of its changes in memory, about.
+    bytes: usize,
     /// When the source made the last of its records, in milliseconds since the epoch.
     newest_ms: Option<i64>,
 }
@@ -207,20 +216,20 @@ struct Size {
 impl Size {
     /// What one of its `records` takes in memory, about.
     fn record_bytes(&self, records: usize) -> Option<usize> {
-        let bytes = usize::try_from(self.bytes).unwrap_or(0);
-        (records > 0).then(|| RECORD_BYTES + bytes / records)
+        (records > 0).then(|| self.bytes / records)
     }
 }
 
 fn size(page: &Page) -> Size {
-    let bodies = page.records.iter().filter_map(|r| r.dynamodb.as_ref());
-    let newest = bodies
-        .clone()
-        .next_back()
-        .and_then(|body| body.approximate_creation_date_time);
+    let changes = page.records.iter().flatten();
+    let newest = page.records.last().map(|record| match record {
+        Ok(change) => change.created_ms,
+        Err(bad) => bad.created_ms,
+    });
     Size {
-        bytes: bodies.filter_map(|body| body.size_bytes).sum(),
-        newest_ms: newest.and_then(|time| time.to_millis().ok()),
+        bytes: changes.map(|change| change.bytes).sum(),
+        // Zero where it is not known.
+        newest_ms: newest.filter(|ms| *ms > 0),
     }
 }
 
@@ -282,6 +291,9 @@ async fn record_gap(
     let at = rfc3339(host_ms());
     let row = shard_key(shared.epoch, table, stream_arn, shard);
     let gap = GapRow::new(shared.epoch, table, reason, &detail, at);
-    let gap = gap.found(shared.source.clock.now_ms()).awaiting(row);
+    let gap = gap.found(shared.source.clock.now_ms());
+    // What its owner has applied so far was made before what is lost.
+    let applied_until = shared.proven_of_shard(&row);
+    let gap = gap.applied_until(applied_until).awaiting(row);
     shared.store_gap(&gap, &shard.0).await.found_at
 }

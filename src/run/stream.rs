@@ -1,6 +1,7 @@
 //! One stream: the rows of its shards, and a task for each shard that is ours.
 
 mod forgotten;
+mod listed;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -262,9 +263,11 @@ impl Stream {
         let table = &self.context.table.name;
         match ended {
             Ok((id, ended)) => {
-                let lease = self.running.remove(&id);
+                self.running.remove(&id);
                 self.unclean |= matches!(ended, Ended::Lost | Ended::Kept);
-                tracing::info!(table, lease, how = ?ended, "shard left");
+                if ended == Ended::Lost {
+                    metrics::lease_lost(table);
+                }
             }
             Err(error) => {
                 let lease = self.running.remove(&error.id());
@@ -362,6 +365,8 @@ impl Stream {
         // As the rows say that are looked at, and not only the stream's own.
         let mut streams = snapshot.streams.iter();
         let is_known = streams.any(|row| row.lease_key == stream.lease_key && row.initialised);
+        self.confirm(snapshot, &rows, &stream, &plan, &listed)
+            .await?;
         if is_known && self.is_read(snapshot, readable) {
             let since = *self.read_since.get_or_insert(now);
             // By a reading of the rows that began after all this: it shows what was found meanwhile.
@@ -453,6 +458,8 @@ impl Stream {
         let had_another_source = of_table.count() > 0 || was_active;
         // Resolved before the source is looked at, and a little early: what is written in between
         // is either seen there or replayed. Too early is right, too late is not.
+        let clock = shared.source.clock.reading();
+        let begun_ms = clock.map_or(0, |clock| clock.now_ms - clock.error_ms);
         let start_timestamp = match table.start {
             // A re-created stream is read from its beginning.
             _ if seen_before => None,
@@ -463,9 +470,13 @@ impl Stream {
         // The gap, or the job, is durable before anything that would hide it.
         let label = stream_label(&context.stream_arn);
         if seen_before {
-            self.gap(GapReason::StreamRecreated, label, None).await?;
+            // Nothing of before the new stream is older than what the old one had proven.
+            let applied_until = shared.proven_of_table(&table.name);
+            self.gap(GapReason::StreamRecreated, label, None, applied_until)
+                .await?;
         } else if had_another_source {
-            self.gap(GapReason::SourceSwitched, label, None).await?;
+            self.gap(GapReason::SourceSwitched, label, None, None)
+                .await?;
         } else {
             let (source, target) = (&shared.source, &shared.target);
             let (from, to) = tokio::try_join!(self.is_empty(source), self.is_empty(target))?;
@@ -473,7 +484,9 @@ impl Stream {
                 (_, true) => {}
                 (true, false) => self.plan_bootstrap().await?,
                 (false, false) if from => {}
-                (false, false) => self.gap(GapReason::NeverCopied, label, None).await?,
+                (false, false) => {
+                    self.gap(GapReason::NeverCopied, label, None, None).await?;
+                }
             }
         }
         crash("bootstrap-planned");
@@ -487,6 +500,8 @@ impl Stream {
             start_timestamp,
             initialised: false,
             finished: false,
+            begun_at: Some(begun_ms),
+            settled: false,
         };
         shared.state.create(&row).await?;
         crash("stream-pinned");
@@ -500,12 +515,14 @@ impl Stream {
         reason: GapReason,
         detail: &str,
         shard: Option<&ShardId>,
+        applied_until: Option<i64>,
     ) -> Result<(), Fault> {
         let shared = &self.context.shared;
         let at = rfc3339(host_ms());
         let (table, arn) = (&self.context.table.name, &self.context.stream_arn);
         let mut gap = GapRow::new(shared.epoch, table, reason, detail, at)
-            .found(shared.source.clock.now_ms());
+            .found(shared.source.clock.now_ms())
+            .applied_until(applied_until);
         if let Some(shard) = shard {
             gap = gap.awaiting(shard_key(shared.epoch, table, arn, shard));
         }
@@ -605,10 +622,13 @@ impl Stream {
         let Some(lease) = taken else {
             return Ok(false);
         };
+        let expired = row.lease_owner.is_some();
+        metrics::lease_taken(&context.table.name, expired);
         tracing::info!(
             table = context.table.name,
             shard = row.shard_id,
             checkpoint = row.checkpoint,
+            expired,
             "shard taken"
         );
         let key = row.lease_key.clone();
@@ -644,7 +664,7 @@ impl Stream {
                 inherited,
                 drain,
             );
-            tokio::select! {
+            let ended = tokio::select! {
                 ended = consumed => ended,
                 // Renewal ends only when the lease is lost; consume sees that as well, and gets to
                 // clean up after itself.
@@ -653,7 +673,17 @@ impl Stream {
                     std::future::pending::<()>().await;
                 } => Ended::Lost,
                 () = beyond_repair(&health, &table, &shard) => Ended::Lost,
-            }
+            };
+            let row = lease.row().await;
+            tracing::info!(
+                table,
+                shard,
+                checkpoint = row.checkpoint,
+                lease = row.lease_key,
+                how = ?ended,
+                "shard left"
+            );
+            ended
         });
         self.running.insert(task.id(), key);
         Ok(true)

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::context::TableContext;
 use crate::apply::batch::BATCH_OPS_MAX;
+use crate::apply::budget::Budget;
 use crate::observe::health::Health;
 use crate::observe::liveness::{PULSE_EVERY, Signs};
 use crate::stream::sequence::SequenceNumber;
@@ -17,28 +18,47 @@ pub struct Vital {
     signs: Signs,
     /// How far everything was durable when last looked.
     durable: Option<SequenceNumber>,
+    /// What its writes wait for.
+    budget: Arc<Budget>,
+    /// Units that its batches may have to wait for, one for each item at least.
+    waiting: f64,
+    /// The least share that is believed in, in units per second: with less it counts as standing still.
+    least: f64,
+    checkpoint_every: Duration,
 }
+
+/// A share of the write budget below one part in so many is no share.
+const SHARE_PARTS: f64 = 200.0;
 
 impl Vital {
     /// The signs of the task of `shard`, which starts now.
     pub fn new(context: &TableContext, shard: &str) -> Self {
         let config = &context.shared.config;
-        let mut signs = Signs::fresh(Instant::now());
-        // Its batches may have to wait for each other's write units, one each at least.
-        let waiting = config.worker.concurrency * BATCH_OPS_MAX;
-        let budget = config
-            .units_per_second(&context.table)
-            .map_or(0.0, |units| waiting as f64 / f64::from(units));
-        signs.allowance = config.worker.checkpoint_every + Duration::from_secs_f64(budget);
-        let vital = Self {
+        let limit = config.units_per_second(&context.table);
+        let mut vital = Self {
             health: Arc::clone(&context.shared.health),
             table: context.table.name.clone(),
             shard: shard.to_owned(),
-            signs,
+            signs: Signs::fresh(Instant::now()),
             durable: None,
+            budget: Arc::clone(context.writer.budget()),
+            waiting: (config.worker.concurrency * BATCH_OPS_MAX) as f64,
+            least: limit.map_or(f64::INFINITY, f64::from) / SHARE_PARTS,
+            checkpoint_every: config.worker.checkpoint_every,
         };
+        vital.signs.allowance = vital.allowance();
         vital.tell();
         vital
+    }
+
+    /// What it may take longer than others: its batches wait for each other's write units.
+    fn allowance(&self) -> Duration {
+        let rate = match self.least.is_finite() {
+            true => self.budget.rate().max(self.least),
+            // Without a limit only throttling sets one.
+            false => self.budget.rate().max(1.0),
+        };
+        self.checkpoint_every + Duration::from_secs_f64(self.waiting / rate)
     }
 
     /// A page came.
@@ -57,6 +77,11 @@ impl Vital {
         }
         if full {
             self.signs.read = now;
+        }
+        // A share that becomes larger does not make what waits already late.
+        let allowance = self.allowance();
+        if rests || allowance > self.signs.allowance {
+            self.signs.allowance = allowance;
         }
         self.tell();
     }

@@ -36,7 +36,6 @@ use crate::jobs::reconcile::{Ended, Hears, Reconcile, Repairs};
 use crate::lease::gaps::Next;
 use crate::lease::row::{Closes, JobKind, Progress, ReconcileRow, SegmentRow};
 use crate::mutation::crash;
-use crate::observe::board::Board;
 use crate::observe::health::{Scope, progress};
 use crate::observe::metrics;
 use crate::repair::{Refused, Unfinished};
@@ -437,8 +436,7 @@ impl Hears for Heard {
                 () = stop.cancelled() => return Err(Unfinished::Stopped),
             }
             metrics::repair_refused(table, 1);
-            metrics::dead_lettered(table, refused.fault.class);
-            Board::add(&shared.board.totals.dead_letters, 1);
+            shared.board.dead_lettered(table, refused.fault.class);
             Ok(())
         }
         .boxed()

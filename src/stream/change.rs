@@ -1,12 +1,13 @@
 //! A stream record as a change of one item.
 
-use std::collections::HashMap;
-
-use aws_sdk_dynamodbstreams::types::{AttributeValue as StreamValue, OperationType, Record};
-
+use super::answer::{Record, read_keys};
 use super::sequence::SequenceNumber;
+use crate::dynamo::image::Image;
 use crate::dynamo::item::ItemKey;
-use crate::dynamo::value::{Item, item_bytes, item_from_stream};
+use crate::dynamo::value::{Item, UnknownType, item_bytes};
+
+/// What a change takes in memory besides its key and its images, about.
+const CHANGE_BYTES: usize = 256;
 
 /// What a record says happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -33,7 +34,7 @@ impl Event {
     }
 }
 
-/// One change of one item, in the types that are written.
+/// One change of one item.
 #[derive(Clone)]
 pub struct Change {
     /// Its position in the shard.
@@ -45,9 +46,9 @@ pub struct Change {
     /// The key attributes.
     pub keys: Item,
     /// The item after the change; `None` for a delete.
-    pub new_image: Option<Item>,
-    /// The item before the change, as the stream gave it: only a dead letter needs it.
-    pub old_image: Option<HashMap<String, StreamValue>>,
+    pub new_image: Option<Image>,
+    /// The item before the change: only a dead letter needs it.
+    pub old_image: Option<OldImage>,
     /// When the source made the change, in milliseconds since the epoch; whole seconds, rounded
     /// down by the service.
     pub created_ms: i64,
@@ -59,11 +60,23 @@ pub struct Change {
     pub ttl_delete: bool,
 }
 
+/// The item before a change.
+#[derive(Debug, Clone)]
+pub enum OldImage {
+    /// As the stream gave it.
+    Known(Image),
+    /// It holds a value of a type that this version does not know. That is no reason not to write the new one.
+    Unknown,
+}
+
 impl Change {
     /// A change that brings the item under `keys` to `item`, or deletes it. It comes from no stream.
-    pub fn of_item(keys: &Item, item: Option<&Item>, now_ms: i64) -> Self {
-        let bytes = item.map_or(0, item_bytes);
-        Self {
+    ///
+    /// # Errors
+    /// [`UnknownType`] where the item holds a value of a type that this version does not know.
+    pub fn of_item(keys: &Item, item: Option<&Item>, now_ms: i64) -> Result<Self, UnknownType> {
+        let new_image = item.map(Image::of).transpose()?;
+        Ok(Self {
             sequence: SequenceNumber::default(),
             event: match item {
                 Some(_) => Event::Modify,
@@ -71,13 +84,15 @@ impl Change {
             },
             key: ItemKey::new(keys),
             keys: keys.clone(),
-            new_image: item.cloned(),
+            bytes: CHANGE_BYTES
+                + item_bytes(keys)
+                + new_image.as_ref().map_or(0, Image::text_bytes),
+            units: write_units(new_image.as_ref().map_or(0, Image::item_bytes)),
+            new_image,
             old_image: None,
             created_ms: now_ms,
-            bytes: 256 + item_bytes(keys) + bytes,
-            units: write_units(bytes),
             ttl_delete: false,
-        }
+        })
     }
 }
 
@@ -101,54 +116,53 @@ pub struct Undecodable {
     pub why: String,
 }
 
-/// Turns a record into a change, moving its images.
+/// Turns a record into a change.
 ///
 /// # Errors
 /// [`Undecodable`] where it lacks what every record has, or holds a type this version does not
 /// know.
-pub fn decode(record: Record) -> Result<Change, Box<Undecodable>> {
+pub fn decode(record: Record<'_>) -> Result<Change, Box<Undecodable>> {
     let Some(data) = record.dynamodb else {
         return Err(undecodable(None, 0, None, "it has no body"));
     };
-    let created_ms = data
-        .approximate_creation_date_time
-        .and_then(|time| time.to_millis().ok())
-        .unwrap_or(0);
-    let sequence = data
-        .sequence_number
-        .as_deref()
-        .and_then(SequenceNumber::parse);
-    let Some(sequence) = sequence else {
-        return Err(undecodable(
-            None,
-            created_ms,
-            None,
-            "it has no sequence number",
-        ));
+    // Whole seconds, as the service sends them, survive this.
+    let created_ms = (data.approximate_creation_date_time).map_or(0, |s| (s * 1_000.0) as i64);
+    let keys = data.keys.and_then(read_keys);
+    let Some(sequence) = data.sequence_number else {
+        let why = "it has no sequence number";
+        return Err(undecodable(None, created_ms, keys, why));
     };
-    let keys = data.keys.and_then(|keys| item_from_stream(keys).ok());
-    let refuse = |why: &str| undecodable(Some(sequence.clone()), created_ms, keys.clone(), why);
-    let event = match record.event_name {
-        Some(OperationType::Insert) => Event::Insert,
-        Some(OperationType::Modify) => Event::Modify,
-        Some(OperationType::Remove) => Event::Remove,
-        _ => return Err(refuse("its event is none of INSERT, MODIFY and REMOVE")),
+    let Some(event) = record.event_name else {
+        let why = "its event is none of INSERT, MODIFY and REMOVE";
+        return Err(undecodable(Some(sequence), created_ms, keys, why));
     };
-    let unknown = |_| refuse("it holds an attribute of a type this version does not know");
-    let old_bytes = data.old_image.as_ref().map_or(0, stream_item_bytes);
     let new_image = match (event, data.new_image) {
         (Event::Remove, _) => None,
-        (_, Some(image)) => Some(item_from_stream(image).map_err(unknown)?),
-        (_, None) => return Err(refuse("it has no new image, so the view type is wrong")),
-    };
-    let new_bytes = new_image.as_ref().map_or(0, item_bytes);
-    let keys = match keys {
-        Some(keys) if !keys.is_empty() => keys,
-        _ => {
-            let why = "it has no key that can be read";
-            return Err(undecodable(Some(sequence), created_ms, None, why));
+        (_, Some(image)) => match Image::parse(image) {
+            Ok(image) => Some(image),
+            Err(UnknownType) => {
+                let why = "it holds an attribute of a type this version does not know";
+                return Err(undecodable(Some(sequence), created_ms, keys, why));
+            }
+        },
+        (_, None) => {
+            let why = "it has no new image, so the view type is wrong";
+            return Err(undecodable(Some(sequence), created_ms, keys, why));
         }
     };
+    let Some(keys) = keys else {
+        let why = "it has no key that can be read";
+        return Err(undecodable(Some(sequence), created_ms, None, why));
+    };
+    let old_image = data.old_image.map(|image| match Image::parse(image) {
+        Ok(image) => OldImage::Known(image),
+        Err(UnknownType) => OldImage::Unknown,
+    });
+    let old = match &old_image {
+        Some(OldImage::Known(image)) => Some(image),
+        Some(OldImage::Unknown) | None => None,
+    };
+    let images = || new_image.iter().chain(old);
     let ttl_delete = event == Event::Remove
         && record.user_identity.is_some_and(|identity| {
             identity.r#type.as_deref() == Some("Service")
@@ -156,13 +170,13 @@ pub fn decode(record: Record) -> Result<Change, Box<Undecodable>> {
         });
     Ok(Change {
         key: ItemKey::new(&keys),
-        bytes: 256 + item_bytes(&keys) + new_bytes + old_bytes,
-        units: write_units(new_bytes.max(old_bytes)),
+        bytes: CHANGE_BYTES + item_bytes(&keys) + images().map(Image::text_bytes).sum::<usize>(),
+        units: write_units(images().map(Image::item_bytes).max().unwrap_or(0)),
         sequence,
         event,
         keys,
         new_image,
-        old_image: data.old_image,
+        old_image,
         created_ms,
         ttl_delete,
     })
@@ -190,76 +204,68 @@ pub fn write_units(bytes: usize) -> u32 {
         .max(1)
 }
 
-/// Size of an image that stays in the stream's types. An estimate: nested structure is counted
-/// without its overhead.
-fn stream_item_bytes(item: &HashMap<String, StreamValue>) -> usize {
-    fn bytes(value: &StreamValue) -> usize {
-        match value {
-            StreamValue::S(text) => text.len(),
-            StreamValue::N(number) => number.len() / 2 + 2,
-            StreamValue::B(blob) => blob.as_ref().len(),
-            StreamValue::Ss(set) => set.iter().map(String::len).sum(),
-            StreamValue::Ns(set) => set.iter().map(|n| n.len() / 2 + 2).sum(),
-            StreamValue::Bs(set) => set.iter().map(|blob| blob.as_ref().len()).sum(),
-            StreamValue::L(list) => 3 + list.iter().map(|value| 1 + bytes(value)).sum::<usize>(),
-            StreamValue::M(map) => 3 + map.len() + stream_item_bytes(map),
-            _ => 1,
-        }
-    }
-    item.iter()
-        .map(|(name, value)| name.len() + bytes(value))
-        .sum()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::answer::read;
     use super::*;
-    use aws_sdk_dynamodbstreams::types::{Identity, StreamRecord};
+    use serde_json::{Value, json};
 
-    fn record(event: OperationType, new: Option<&str>) -> Record {
-        let mut data = StreamRecord::builder()
-            .sequence_number("000000000000000000042")
-            .keys("id", StreamValue::S("a".into()));
+    fn decoded(record: Value) -> Result<Change, Box<Undecodable>> {
+        let answer = json!({"Records": [record], "NextShardIterator": "i"}).to_string();
+        let mut records = read(answer.as_bytes()).unwrap().records.unwrap();
+        records.pop().unwrap()
+    }
+
+    fn record(event: &str, new: Option<&str>) -> Value {
+        let mut record = json!({
+            "eventName": event,
+            "dynamodb": {
+                "SequenceNumber": "000000000000000000042",
+                "Keys": {"id": {"S": "a"}},
+            },
+        });
         if let Some(text) = new {
-            data = data
-                .new_image("id", StreamValue::S("a".into()))
-                .new_image("v", StreamValue::S(text.into()));
+            record["dynamodb"]["NewImage"] = json!({"id": {"S": "a"}, "v": {"S": text}});
         }
-        Record::builder()
-            .event_name(event)
-            .dynamodb(data.build())
-            .build()
+        record
     }
 
     #[test]
     fn a_record_becomes_a_change() {
-        let change = decode(record(OperationType::Insert, Some(&"x".repeat(2000)))).unwrap();
+        let change = decoded(record("INSERT", Some(&"x".repeat(2000)))).unwrap();
         assert_eq!(change.event, Event::Insert);
         assert_eq!(change.units, 2);
         assert!(!change.ttl_delete);
-        let mut removed = record(OperationType::Remove, None);
-        removed.user_identity = Some(
-            Identity::builder()
-                .r#type("Service")
-                .principal_id("dynamodb.amazonaws.com")
-                .build(),
-        );
-        let change = decode(removed).unwrap();
+        let mut removed = record("REMOVE", None);
+        removed["userIdentity"] =
+            json!({"Type": "Service", "PrincipalId": "dynamodb.amazonaws.com"});
+        let change = decoded(removed).unwrap();
         assert!(change.ttl_delete && change.new_image.is_none());
         assert_eq!(change.units, 1);
     }
 
     #[test]
     fn a_record_without_what_it_needs_is_undecodable_and_keeps_its_position() {
-        let bad = decode(record(OperationType::Modify, None)).unwrap_err();
+        let bad = decoded(record("MODIFY", None)).unwrap_err();
         assert_eq!(bad.sequence, SequenceNumber::parse("42"));
         assert!(bad.keys.is_some_and(|keys| keys.contains_key("id")));
-        assert!(
-            decode(Record::builder().build())
-                .unwrap_err()
-                .sequence
-                .is_none()
-        );
-        assert!(decode(record(OperationType::from("RENAME"), Some("x"))).is_err());
+        assert!(decoded(json!({})).unwrap_err().sequence.is_none());
+        assert!(decoded(record("RENAME", Some("x"))).is_err());
+    }
+
+    #[test]
+    fn a_type_that_is_not_known_is_poison_in_a_new_image_and_no_reason_in_an_old_one() {
+        let mut new = record("MODIFY", Some("x"));
+        new["dynamodb"]["NewImage"]["v"] = json!({"L": [{"S": "a"}, {"VECTOR": "b"}]});
+        let bad = decoded(new).unwrap_err();
+        assert_eq!(bad.sequence, SequenceNumber::parse("42"));
+        assert!(bad.keys.is_some() && !bad.why.contains("VECTOR"));
+        let mut old = record("MODIFY", Some("x"));
+        old["dynamodb"]["OldImage"] = json!({"v": {"VECTOR": "b"}});
+        let change = decoded(old).unwrap();
+        assert!(matches!(change.old_image, Some(OldImage::Unknown)));
+        let mut key = record("MODIFY", Some("x"));
+        key["dynamodb"]["Keys"] = json!({"id": {"BOOL": true}});
+        assert!(decoded(key).unwrap_err().keys.is_none());
     }
 }

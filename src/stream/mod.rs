@@ -1,8 +1,9 @@
 //! The source side: which shards there are, in which order, and what they hold.
 //!
-//! [`lineage`] is pure and decides; [`listing`] and [`reader`] talk to the service; [`change`]
-//! turns a stream record into a change of one item.
+//! [`lineage`] is pure and decides; [`listing`] and [`reader`] talk to the service; [`answer`] reads
+//! what it answers, and [`change`] makes of a stream record a change of one item.
 
+pub mod answer;
 pub mod change;
 pub mod lineage;
 pub mod listing;

@@ -1,10 +1,13 @@
 //! Reading one shard: iterators, pages, and where the reader stands.
 
+mod verbatim;
+
 use aws_sdk_dynamodbstreams::Client;
-use aws_sdk_dynamodbstreams::types::{Record, ShardIteratorType};
+use aws_sdk_dynamodbstreams::types::ShardIteratorType;
 use aws_smithy_types::DateTime;
 
 use super::ShardId;
+use super::answer::Decoded;
 use super::sequence::SequenceNumber;
 use crate::error::{Class, Fault, Operation, Policy, classify};
 
@@ -26,7 +29,7 @@ pub enum Position {
 #[derive(Debug)]
 pub struct Page {
     /// Its records, oldest first. Empty pages are normal in the middle of a shard.
-    pub records: Vec<Record>,
+    pub records: Vec<Decoded>,
     /// Whether the shard has ended. The page may still carry records.
     pub end: bool,
 }
@@ -81,17 +84,14 @@ impl ShardReader {
             Some(iterator) => iterator,
             None => self.new_iterator().await?,
         };
-        let answer = self
+        let call = self
             .client
             .get_records()
             .shard_iterator(&iterator)
-            .limit(limit.clamp(1, PAGE_RECORDS_MAX))
-            .send()
-            .await;
-        let answer = match answer {
+            .limit(limit.clamp(1, PAGE_RECORDS_MAX));
+        let answer = match verbatim::send(call).await {
             Ok(answer) => answer,
-            Err(error) => {
-                let fault = classify(Operation::GetRecords, &error);
+            Err(fault) => {
                 // What passes by itself leaves the iterator as good as it was; after anything else
                 // the position is worth more than an iterator that was refused.
                 if fault.policy() == Policy::Retry {
@@ -102,17 +102,16 @@ impl ShardReader {
         };
         // The service always sends a list, be it empty. An answer with neither list nor iterator
         // came from something else, and must not pass for the end of a shard.
-        if answer.records.is_none() && answer.next_shard_iterator.is_none() {
+        if answer.records.is_none() && answer.next_iterator.is_none() {
             self.iterator = Some(iterator);
             return Err(incomplete(Operation::GetRecords));
         }
         let records = answer.records.unwrap_or_default();
         if let Some(last) = records.last() {
-            let sequence = last
-                .dynamodb
-                .as_ref()
-                .and_then(|data| data.sequence_number.as_deref())
-                .and_then(SequenceNumber::parse);
+            let sequence = match last {
+                Ok(change) => Some(change.sequence.clone()),
+                Err(bad) => bad.sequence.clone(),
+            };
             // Without a number there is no way to read on after it, and guessing could skip.
             let Some(sequence) = sequence else {
                 return Err(Fault::own(
@@ -124,8 +123,8 @@ impl ShardReader {
             };
             self.position = Position::After(sequence);
         }
-        self.ended = answer.next_shard_iterator.is_none();
-        self.iterator = answer.next_shard_iterator;
+        self.ended = answer.next_iterator.is_none();
+        self.iterator = answer.next_iterator;
         Ok(Page {
             records,
             end: self.ended,

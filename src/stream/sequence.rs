@@ -2,16 +2,17 @@
 
 use std::cmp::Ordering;
 use std::fmt;
+use std::sync::Arc;
 
 /// A position in a shard. Kept as the service spelled it, compared by value: some servers pad
-/// with zeros, and no machine integer is wide enough.
+/// with zeros, and no machine integer is wide enough. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct SequenceNumber(String);
+pub struct SequenceNumber(Arc<str>);
 
 impl Default for SequenceNumber {
     /// Zero: before every record.
     fn default() -> Self {
-        Self("0".to_owned())
+        Self("0".into())
     }
 }
 
@@ -22,7 +23,7 @@ impl SequenceNumber {
     /// `None` where it is empty or holds anything but digits.
     pub fn parse(text: &str) -> Option<Self> {
         (!text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()))
-            .then(|| Self(text.to_owned()))
+            .then(|| Self(text.into()))
     }
 
     /// As the service spelled it.

@@ -213,6 +213,11 @@ impl Worker {
             .is_some_and(|rest| rest.trim_start().starts_with('T'))
     }
 
+    /// The port that it listens on.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use farshore::apply::coalesce::{Op, Window};
+use farshore::dynamo::image::Image;
 use farshore::dynamo::item::ItemKey;
 use farshore::lease::doubts::{Range, until_ms};
 use farshore::lease::row::{DoubtRow, ShardRow};
@@ -477,7 +478,7 @@ pub async fn create_row(
 
 /// A record as the window wants it. The value stays with the source; the window needs none.
 fn change_of(record: &Record) -> Change {
-    let image = [("v".to_owned(), AttributeValue::Bool(true))];
+    let image = || Image::of(&[("v".to_owned(), AttributeValue::Bool(true))].into());
     Change {
         sequence: sequence_of(record.number),
         event: match record.value {
@@ -486,7 +487,7 @@ fn change_of(record: &Record) -> Change {
         },
         key: ItemKey::from_bytes(&[record.key]),
         keys: Default::default(),
-        new_image: record.value.map(|_| image.into()),
+        new_image: record.value.map(|_| image().unwrap()),
         old_image: None,
         created_ms: record.created_ms,
         bytes: 256,

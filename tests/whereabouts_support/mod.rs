@@ -41,7 +41,14 @@ impl Served {
         let port = listener.local_addr().unwrap().port();
         let stop = CancellationToken::new();
         let health = Arc::new(Health::default());
-        let served = server::serve(listener, health, None, whereabouts.clone(), stop.clone());
+        let served = server::serve(
+            listener,
+            health,
+            None,
+            Default::default(),
+            whereabouts.clone(),
+            stop.clone(),
+        );
         Self {
             task: tokio::spawn(served),
             whereabouts,

@@ -1,145 +1,196 @@
-//! What was found, as JSON and as text.
+//! A view as text, for a terminal.
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
-
-use super::{Doubts, Found, Job, headroom_s, silence_s, silent_after_ms};
 use crate::config::read::Loaded;
-use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::lease::row::{HowFar, JobKind, PauseRow, ShardRow, WorkerRow};
+use crate::lease::row::HowFar;
+use crate::observe::headline::span;
 use crate::observe::health;
+use crate::observe::view::{
+    ClockOf, Doubts, Job, Level, Pause, RecoveryPoint, RegionState, Shard, ShardState, Table, View,
+};
 
-/// Whether a worker has written its row lately, as far as its clock and this host's agree.
-fn is_alive(row: &WorkerRow, silent_after_ms: i64) -> bool {
-    host_ms() - row.updated_at <= silent_after_ms
-}
-
-/// The documented form.
-pub(super) fn as_json(loaded: &Loaded, found: &Found) -> Value {
-    let silent_after_ms = silent_after_ms(loaded);
-    json!({
-        "version": 1,
-        "group": loaded.config.group,
-        "here": loaded.here,
-        "active": found.control.as_ref().map(|control| &control.active),
-        "epoch": found.control.as_ref().map(|control| control.epoch),
-        "finishedShards": found.shards.len() - found.open().count(),
-        "shards": found.open().map(|row| json!({
-            "table": row.table,
-            "shard": row.shard_id,
-            "epoch": row.epoch,
-            "owner": row.lease_owner,
-            "checkpoint": row.checkpoint,
-            "appliedUntil": row.watermark.map(rfc3339),
-            "headroomSeconds": headroom_s(row),
-            "ownerSilentSeconds": silence_s(row, silent_after_ms),
-        })).collect::<Vec<_>>(),
-        "gaps": found.gaps.iter().map(|gap| json!({
-            "table": gap.table,
-            "reason": gap.reason.label(),
-            "detail": gap.detail,
-            "at": gap.at,
-            "next": gap.reason.next_step(),
-        })).collect::<Vec<_>>(),
-        "pauses": found.pauses.iter().map(|pause| json!({
-            "table": pause.table,
-            "by": pause.by,
-            "reason": pause.reason,
-            "since": pause.at,
-        })).collect::<Vec<_>>(),
-        "doubts": found.doubts_by_table().iter().map(|(table, doubts)| json!({
-            "table": table,
-            "open": doubts.open,
-            "until": rfc3339(doubts.until_ms),
-            "overdue": doubts.overdue,
-        })).collect::<Vec<_>>(),
-        "audits": found.audits.iter().map(|(table, verified_ms)| json!({
-            "table": table,
-            "verifiedAt": verified_ms.map(rfc3339),
-        })).collect::<Vec<_>>(),
-        "jobs": found.jobs.iter().map(|job| json!({
-            "kind": job.kind.label(),
-            "id": job.id,
-            "table": job.table,
-            "source": job.source,
-            "target": job.target,
-            "applies": job.applies,
-            "percent": job.percent,
-            "secondsLeft": job.left_s,
-            "processes": job.processes,
-            "different": job.different,
-            "alive": job.alive,
-            "ended": job.ended,
-            "deletesOutstanding": job.outstanding.map(|(extra, _)| extra),
-        })).collect::<Vec<_>>(),
-        "workers": found.workers.iter().map(|row| json!({
-            "id": row.worker,
-            "version": row.version,
-            "epoch": row.epoch,
-            "since": row.since,
-            "shards": found.held_by(&row.worker),
-            "updatedAt": rfc3339(row.updated_at),
-            "alive": is_alive(row, silent_after_ms),
-        })).collect::<Vec<_>>(),
-    })
-}
+/// Events shown in a terminal.
+const EVENTS_SHOWN: usize = 5;
 
 /// Lines for a person.
-pub(super) fn as_text(loaded: &Loaded, found: &Found) -> String {
-    let active = match &found.control {
-        Some(control) => format!("active {} (epoch {})", control.active, control.epoch),
-        None => "no control record".to_owned(),
+pub(super) fn as_text(loaded: &Loaded, view: &View) -> String {
+    let active = match (&view.active, view.epoch) {
+        (Some(active), Some(epoch)) => format!("active {active} (epoch {epoch})"),
+        _ => "no control record".to_owned(),
     };
     let mut lines = vec![format!(
         "group {}, here {}, {active}",
         loaded.config.group, loaded.here
     )];
-    for pause in found.pauses.iter().filter(|row| row.table.is_none()) {
+    lines.push(head(view));
+    lines.extend(view.headline.next.iter().map(|next| format!("  {next}.")));
+    if view.flow.is_some() {
+        lines.push(point(view));
+    }
+    let trouble = |state: RegionState| !matches!(state, RegionState::Ok | RegionState::Unknown);
+    for region in view.regions.iter().filter(|region| trouble(region.state)) {
+        let text = region.text.as_deref().unwrap_or("it does not answer");
+        lines.push(format!("region {}: {text}", region.label));
+    }
+    for pause in view.pauses.iter().filter(|pause| pause.table.is_none()) {
         lines.push(paused("ALL TABLES PAUSED", pause));
     }
-    lines.extend(found.workers.iter().map(|row| {
-        let alive = if is_alive(row, silent_after_ms(loaded)) {
-            ""
-        } else {
-            "  SILENT: is it dead?"
+    lines.extend(view.workers.iter().map(|worker| {
+        let alive = match (worker.alive, worker.leaving) {
+            (false, _) => "  SILENT: is it dead?",
+            (true, true) => "  leaving",
+            (true, false) => "",
         };
-        let held = found.held_by(&row.worker);
         format!(
-            "worker {}  {}  {held} shard(s)  since {}{alive}",
-            row.worker, row.version, row.since
+            "worker {}  {}  {} shard(s)  since {}{alive}",
+            worker.id, worker.version, worker.shards, worker.since
         )
     }));
-    let doubts = found.doubts_by_table();
-    for table in &loaded.config.tables {
-        of_table(&mut lines, loaded, found, &table.name);
-        if let Some(doubts) = doubts.get(table.name.as_str()) {
-            lines.push(in_doubt(doubts));
-        }
-        if let Some(verified_ms) = found.audits.get(&table.name) {
-            lines.push(match verified_ms {
-                Some(ms) => format!("  audit: found equal at {}", rfc3339(*ms)),
-                None => "  audit: not found equal yet".to_owned(),
-            });
-        }
-        let jobs = found.jobs.iter().filter(|job| job.table == table.name);
-        lines.extend(jobs.map(compared));
+    let letters = &view.dead_letters;
+    if let Some(waiting) = letters.waiting.filter(|waiting| *waiting > 0) {
+        lines.push(format!(
+            "{waiting} dead letter(s) wait: those changes are not in the replica"
+        ));
+    }
+    for table in &view.tables {
+        of_table(&mut lines, view, table);
+    }
+    let events = view.events.iter().take(EVENTS_SHOWN);
+    let events: Vec<String> = events
+        .map(|event| {
+            let table = event.table.as_deref().unwrap_or("");
+            format!("  {}  {table}  {}", event.at, event.text)
+        })
+        .collect();
+    if !events.is_empty() {
+        lines.push("\nlately:".to_owned());
+        lines.extend(events);
     }
     lines.join("\n")
+}
+
+/// The headline, with its level in letters where it matters: a terminal may have no colours.
+fn head(view: &View) -> String {
+    let headline = &view.headline;
+    match headline.level {
+        Level::Ok | Level::Busy => headline.text.clone(),
+        Level::Warn => format!("WARNING: {}", headline.text),
+        Level::Bad => format!("BAD: {}", headline.text),
+    }
+}
+
+fn point(view: &View) -> String {
+    let clock = match view.clock {
+        ClockOf::Source => "by the source's clock",
+        ClockOf::Replica => "by the replica region's clock, for the source was not heard",
+        ClockOf::Host => "by this host's clock, for no region was heard",
+    };
+    let headroom = match view.headroom_seconds {
+        Some(left) => format!(
+            "; the stream forgets what may not be applied in {}",
+            span(left)
+        ),
+        None => String::new(),
+    };
+    format!(
+        "recovery point {}, {clock} (± {} s){headroom}",
+        ages(view.recovery_point),
+        view.clock_error_seconds
+    )
+}
+
+fn ages(point: RecoveryPoint) -> String {
+    let age = |seconds: Option<f64>| seconds.map_or_else(|| "unknown".to_owned(), span);
+    format!(
+        "proven {}, estimated {}",
+        age(point.proven_seconds),
+        age(point.estimated_seconds)
+    )
+}
+
+fn of_table(lines: &mut Vec<String>, view: &View, table: &Table) {
+    let reads = match table.shards.open {
+        0 => ": NOBODY READS IT",
+        _ => "",
+    };
+    lines.push(format!(
+        "\n{}: {} open shard(s), {} finished{reads}",
+        table.name, table.shards.open, table.shards.finished
+    ));
+    if view.flow.is_some() {
+        lines.push(format!("  recovery point {}", ages(table.recovery_point)));
+    }
+    let own = view.pauses.iter();
+    let own = own.filter(|pause| pause.table.as_deref() == Some(table.name.as_str()));
+    lines.extend(own.map(|pause| paused("  PAUSED", pause)));
+    let shards = view.shards.iter().filter(|shard| shard.table == table.name);
+    let open = shards.filter(|shard| shard.state != ShardState::Finished);
+    lines.extend(open.map(of_shard));
+    for gap in view.gaps.iter().filter(|gap| gap.table == table.name) {
+        lines.push(format!(
+            "  GAP {} since {}: records were never applied. {}.",
+            gap.reason, gap.at, gap.next
+        ));
+    }
+    let doubts = view.doubts.iter();
+    lines.extend(doubts.filter(|of| of.table == table.name).map(in_doubt));
+    if table.audited {
+        lines.push(match &table.verified_at {
+            Some(at) => format!("  audit: found equal at {at}"),
+            None => "  audit: not found equal yet".to_owned(),
+        });
+    }
+    if let Some(letters) = table.dead_letters_total.filter(|letters| *letters > 0) {
+        lines.push(format!(
+            "  {letters} dead letter(s) since the worker started: they are not in the replica"
+        ));
+    }
+    let jobs = view.jobs.iter().filter(|job| job.table == table.name);
+    lines.extend(jobs.map(compared));
+}
+
+fn of_shard(shard: &Shard) -> String {
+    let silence = shard.owner_silent_seconds.map_or_else(String::new, |s| {
+        format!("  SILENT for {s} s: is its worker dead?")
+    });
+    let progress = match &shard.applied_until {
+        Some(until) => {
+            let proven = shard.age_seconds;
+            let proven = proven.map_or_else(
+                || "not known".to_owned(),
+                |age| format!("{} ago", span(age)),
+            );
+            format!("applied until {until} (proven: {proven})")
+        }
+        None => format!("at {}", shard.position),
+    };
+    let headroom = shard.headroom_seconds.map_or_else(
+        || "headroom unknown".to_owned(),
+        |left| format!("{} until the stream forgets", span(left)),
+    );
+    let waits = match shard.state {
+        ShardState::WaitsForParent => "  waits for its parent",
+        ShardState::Open | ShardState::Finished => "",
+    };
+    format!(
+        "  {}  {progress}  {headroom}  owner {}{waits}{silence}",
+        shard.shard,
+        shard.owner.as_deref().unwrap_or("none"),
+    )
 }
 
 /// A line about a copy or a repair that the fleet makes by itself.
 fn by_itself(job: &Job) -> String {
     let table = &job.table;
-    let what = match job.kind {
-        JobKind::Bootstrap => "COPYING",
-        _ => "repair of gaps",
-    };
-    let how = match (job.outstanding, job.ended) {
-        (Some((extra, allowed)), _) => format!(
-            "deletes-outstanding ({extra}): so many items of the replica are not in the source, and no more than {allowed} are deleted without a person. Look at them with `farshore reconcile --table {table} --report FILE`, then delete them with `farshore reconcile --table {table} --apply --max-deletes {extra}`"
+    let is_copy = job.kind == "bootstrap";
+    let what = if is_copy { "COPYING" } else { "repair of gaps" };
+    let how = match (job.deletes_outstanding, job.ended) {
+        (Some(extra), _) => format!(
+            "deletes-outstanding ({extra}): so many items of the replica are not in the source, and no more than {} are deleted without a person. Look at them with `farshore reconcile --table {table} --report FILE`, then delete them with `farshore reconcile --table {table} --apply --max-deletes {extra}`",
+            job.deletes_allowed.unwrap_or(0)
         ),
-        (None, true) if job.kind != JobKind::Bootstrap && job.applies => "done".to_owned(),
+        (None, true) if !is_copy && job.applies => "done".to_owned(),
         (None, true) if job.applies => {
             "all is read, and the stream has not passed its end yet".to_owned()
         }
@@ -150,12 +201,13 @@ fn by_itself(job: &Job) -> String {
         (None, false) => {
             let how_far = HowFar {
                 percent: job.percent,
-                left_s: job.left_s,
+                left_s: job.seconds_left,
                 ended: false,
             };
-            let found = match job.kind {
-                JobKind::Bootstrap => "item(s) copied",
-                _ => "difference(s)",
+            let found = if is_copy {
+                "item(s) copied"
+            } else {
+                "difference(s)"
             };
             let by = match job.alive {
                 true => format!("{} process(es)", job.processes),
@@ -172,14 +224,14 @@ fn by_itself(job: &Job) -> String {
 }
 
 fn compared(job: &Job) -> String {
-    if job.kind.is_the_workers() {
+    if job.kind != "reconcile" {
         return by_itself(job);
     }
     let does = match job.applies {
         true => "repairs",
         false => "compares",
     };
-    let how = match (job.alive, job.left_s) {
+    let how = match (job.alive, job.seconds_left) {
         (false, _) => format!("nobody is at it: `farshore reconcile --resume {}`", job.id),
         (true, None) => "just begun".to_owned(),
         (true, Some(left_s)) => {
@@ -193,57 +245,11 @@ fn compared(job: &Job) -> String {
     )
 }
 
-fn of_table(lines: &mut Vec<String>, loaded: &Loaded, found: &Found, table: &str) {
-    let open: Vec<&ShardRow> = found.open().filter(|row| row.table == table).collect();
-    let finished = found
-        .shards
-        .iter()
-        .filter(|row| row.table == table && row.is_finished())
-        .count();
-    lines.push(format!(
-        "\n{table}: {} open shard(s), {finished} finished{}",
-        open.len(),
-        if open.is_empty() {
-            ": NOBODY READS IT"
-        } else {
-            ""
-        }
-    ));
-    let own = |row: &&PauseRow| row.table.as_deref() == Some(table);
-    lines.extend(
-        found
-            .pauses
-            .iter()
-            .filter(own)
-            .map(|row| paused("  PAUSED", row)),
-    );
-    for row in open {
-        let silence = silence_s(row, silent_after_ms(loaded)).map_or_else(String::new, |s| {
-            format!("  SILENT for {s} s: is its worker dead?")
-        });
-        lines.push(format!(
-            "  {}  {}  {}  owner {}{silence}",
-            row.shard_id,
-            progress(row),
-            headroom_s(row).map_or_else(
-                || "headroom unknown".to_owned(),
-                |s| format!("{} h until the stream forgets", s / 3_600)
-            ),
-            row.lease_owner.as_deref().unwrap_or("none"),
-        ));
-    }
-    for gap in found.gaps.iter().filter(|gap| gap.table == table) {
-        lines.push(format!(
-            "  GAP {} since {}: records were never applied. {}.",
-            gap.reason.label(),
-            gap.at,
-            gap.reason.next_step()
-        ));
-    }
-}
-
-fn paused(what: &str, row: &PauseRow) -> String {
-    format!("{what} by {} since {}: {}", row.by, row.at, row.reason)
+fn paused(what: &str, pause: &Pause) -> String {
+    format!(
+        "{what} by {} since {}: {}",
+        pause.by, pause.at, pause.reason
+    )
 }
 
 fn in_doubt(doubts: &Doubts) -> String {
@@ -253,17 +259,6 @@ fn in_doubt(doubts: &Doubts) -> String {
     };
     format!(
         "  {} range(s) in doubt: repaired after {}{overdue}",
-        doubts.open,
-        rfc3339(doubts.until_ms)
+        doubts.open, doubts.until
     )
-}
-
-fn progress(row: &ShardRow) -> String {
-    match row.watermark {
-        Some(watermark) => {
-            let age = (host_ms() - watermark).max(0) / 1_000;
-            format!("applied until {} ({age} s ago)", rfc3339(watermark))
-        }
-        None => format!("at {}", row.checkpoint),
-    }
 }

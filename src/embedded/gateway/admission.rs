@@ -13,7 +13,9 @@ use super::protocol::{Answer, Failure};
 use super::region::Region;
 use super::rules::{Plan, Rule};
 use super::throttle::write_units;
-use super::touched::{Touched, Write, split_batch, split_batch_get, with_unprocessed};
+use super::touched::{
+    Touched, Write, split_batch, split_batch_get, with_consumed, with_unprocessed,
+};
 
 /// Writes or keys of a batch that were not let through.
 #[derive(Debug)]
@@ -138,6 +140,21 @@ pub(crate) fn with_left(answer: Answer, left: &Left) -> Answer {
     }
     match with_unprocessed(&answer.body, left.field, &left.json) {
         Ok(body) => answer.with_body(body),
+        Err(error) => {
+            tracing::error!(%error, "the embedded DynamoDB's answer could not be read");
+            Failure::internal().answer()
+        }
+    }
+}
+
+/// The answer to a write of `units` that asked what it took: the log and the client are told the same.
+pub(crate) fn with_units(answer: Answer, touched: &Touched, units: f64) -> Answer {
+    if !answer.is_ok() || units <= 0.0 || touched.tables.len() != 1 {
+        return answer;
+    }
+    match with_consumed(&answer.body, units) {
+        Ok(Some(body)) => answer.with_body(body),
+        Ok(None) => answer,
         Err(error) => {
             tracing::error!(%error, "the embedded DynamoDB's answer could not be read");
             Failure::internal().answer()

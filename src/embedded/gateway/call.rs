@@ -244,11 +244,13 @@ impl<'r> Way<'r> {
         let answer = match admitted {
             Admitted::All { units } => {
                 self.charge(units, 0);
-                self.region.upstream.send(headers, body.clone()).await
+                let answer = self.region.upstream.send(headers, body.clone()).await;
+                admission::with_units(answer, &self.touched, units)
             }
             Admitted::Part { body, left, units } => {
                 self.charge(units, left.count);
                 let answer = self.region.upstream.send(headers, body).await;
+                let answer = admission::with_units(answer, &self.touched, units);
                 admission::with_left(answer, &left)
             }
             Admitted::None(failure) => {

@@ -188,6 +188,11 @@ impl Gateway {
         self.region.round_trip_us.store(time, Ordering::Relaxed);
     }
 
+    /// How many connections were made to it so far.
+    pub fn connections(&self) -> u64 {
+        self.region.connections.load(Ordering::Relaxed)
+    }
+
     /// Every call so far, oldest first.
     pub fn calls(&self) -> Vec<Call> {
         self.calls_where(|_| true)

@@ -31,6 +31,8 @@ pub(crate) struct Region {
     pub(crate) log: CallLog,
     pub(crate) held: Held,
     pub(crate) round_trip_us: std::sync::atomic::AtomicU64,
+    /// Connections taken so far.
+    pub(crate) connections: std::sync::atomic::AtomicU64,
     /// Calls that write items share it; a call that changes a table or its stream has it alone,
     /// so that no write falls between the end of one stream and the start of the next.
     pub(crate) gate: tokio::sync::RwLock<()>,
@@ -75,6 +77,7 @@ impl Region {
             log: CallLog::new(),
             held: Held::default(),
             round_trip_us: round_trip.into(),
+            connections: 0.into(),
             gate: tokio::sync::RwLock::new(()),
             streams: RwLock::default(),
             schemas: RwLock::default(),

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
@@ -86,6 +87,7 @@ pub(crate) async fn run(
             }
             accepted = open.accept() => match accepted {
                 Ok((stream, _)) => {
+                    region.connections.fetch_add(1, Ordering::Relaxed);
                     tokio::spawn(connection(stream, Arc::clone(&region), wanted.clone()));
                 }
                 Err(error) => complain(&error),

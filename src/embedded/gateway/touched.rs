@@ -304,6 +304,24 @@ pub(crate) fn with_unprocessed(
     serde_json::to_vec(&whole)
 }
 
+/// An answer that tells what was consumed, with `units` as that; `None` for one that does not tell.
+pub(crate) fn with_consumed(answer: &[u8], units: f64) -> serde_json::Result<Option<Vec<u8>>> {
+    const FIELD: &str = "ConsumedCapacity";
+    let mut whole: BTreeMap<String, &RawValue> = serde_json::from_slice(answer)?;
+    let Some(told) = whole.get(FIELD) else {
+        return Ok(None);
+    };
+    let mut told: serde_json::Value = serde_json::from_str(told.get())?;
+    let one = match told.get(0).is_some() {
+        true => &mut told[0],
+        false => &mut told,
+    };
+    one["CapacityUnits"] = units.into();
+    let told = serde_json::value::to_raw_value(&told)?;
+    whole.insert(FIELD.to_owned(), &told);
+    serde_json::to_vec(&whole).map(Some)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -375,6 +393,22 @@ mod tests {
         let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
         assert_eq!(answer["UnprocessedItems"]["t"].as_array().unwrap().len(), 2);
         assert_eq!(answer["X"], 1);
+    }
+
+    #[test]
+    fn an_answer_tells_the_units_that_were_metered() {
+        let units = |answer: &str| {
+            let answer = with_consumed(answer.as_bytes(), 7.0).unwrap()?;
+            serde_json::from_slice::<serde_json::Value>(&answer).ok()
+        };
+        assert_eq!(units("{}"), None);
+        let batch = r#"{"ConsumedCapacity":[{"TableName":"t","CapacityUnits":2.0}]}"#;
+        let told = units(batch).unwrap();
+        assert_eq!(told["ConsumedCapacity"][0]["CapacityUnits"], 7.0);
+        let put = r#"{"X":1,"ConsumedCapacity":{"TableName":"t","CapacityUnits":2.0}}"#;
+        let told = units(put).unwrap();
+        assert_eq!(told["ConsumedCapacity"]["CapacityUnits"], 7.0);
+        assert_eq!(told["X"], 1);
     }
 
     #[test]

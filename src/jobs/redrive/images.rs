@@ -10,16 +10,19 @@
 //! replaced, and the letter brings back what is gone. The command says so before it does anything.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnConsumedCapacity};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     ATTEMPTS_MAX, EMPTY_MAX, FIRST_PAUSE, Flow, Followed, Ground, LONGEST_PAUSE, LOST, Options,
-    Report, Verdict, Watcher, told,
+    Report, Rights, Verdict, Watcher, told,
 };
 use crate::apply::budget::Budget;
+use crate::apply::conditional::units_of;
+use crate::apply::payment::{Payment, Strain};
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::dead_letter::message::DeadLetter;
@@ -27,12 +30,12 @@ use crate::dead_letter::{Inbox, Receipt, Store, Waiting};
 use crate::dynamo::clock::uptime;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::json::item_from_json;
-use crate::dynamo::transmit::Bound;
-use crate::dynamo::value::{Item, same_item};
+use crate::dynamo::transmit::{Bound, Left, within};
+use crate::dynamo::value::{Item, item_bytes, same_item};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
-use crate::lease::hold::Hold;
-use crate::lease::row::JobRow;
+use crate::repair::Attempts;
+use crate::stream::change::write_units;
 use crate::stream::stream_label;
 
 /// For how long letters are hidden. A write is made on condition of what it replaces.
@@ -42,6 +45,10 @@ const HIDDEN: Duration = Duration::from_secs(15 * 60);
 const MARGIN: Duration = Duration::from_secs(60);
 /// Letters held at once: all that there are must be, or their order is not known.
 const LETTERS_MAX: usize = 5_000;
+/// Longest wait for the answer to a write.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it is looked whether who waits for write units may go on waiting.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
 const ATTRIBUTES_MAX: usize = 150;
 
@@ -128,8 +135,8 @@ pub struct FromImages<'a> {
     pub ground: Ground<'a>,
     /// What it was asked for.
     pub options: &'a Options,
-    /// Its row in the state table.
-    pub hold: &'a Hold<JobRow>,
+    /// What it works under.
+    pub rights: &'a Rights,
     /// The tables whose replicas are there, by their names in the configuration.
     pub tables: Followed,
     /// Ends it.
@@ -248,7 +255,7 @@ impl FromImages<'_> {
             Err("it took longer than letters can be held: ask again".to_owned())
         } else if self.stop.is_cancelled() {
             Err("it was asked to stop".to_owned())
-        } else if self.hold.remaining().is_zero() {
+        } else if self.rights.hold.remaining().is_zero() {
             Err(LOST.to_owned())
         } else {
             Ok(())
@@ -269,18 +276,39 @@ impl FromImages<'_> {
         };
         let table = first.table.clone();
         let images: Vec<Images> = chain.iter().map(|letter| letter.images.clone()).collect();
-        let fitting = match self.held(first).await {
-            Ok(held) => Ok(fit(&images, held.as_ref())),
-            Err(fault) => Err(fault),
-        };
-        let done = match fitting {
-            Ok(Fit::Home(count)) => Ok(count),
-            Ok(Fit::Next) => self.write(first).await.map(|()| 1),
-            Ok(Fit::No) => {
-                report.leave(&table, NOT_FITTING, 1);
-                return Ok(false);
+        let budget = self.rights.budgets.budget(&table);
+        let lane = budget.lane();
+        let (mut attempts, mut backoff) = (
+            Attempts::default(),
+            Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+        );
+        let done = loop {
+            // Before the item is read: units may be long in coming.
+            let payment = self.pay(&lane, &budget, first, begun).await?;
+            let fitting = match self.held(first).await {
+                Ok(held) => Ok(fit(&images, held.as_ref())),
+                Err(fault) => Err(fault),
+            };
+            let written = match fitting {
+                Ok(Fit::Next) => self.write(first, payment, &budget).await.map(|()| 1),
+                fitting => {
+                    payment.give_back();
+                    match fitting {
+                        Ok(Fit::Home(count)) => Ok(count),
+                        Ok(_) => {
+                            report.leave(&table, NOT_FITTING, 1);
+                            return Ok(false);
+                        }
+                        Err(fault) => Err(fault),
+                    }
+                }
+            };
+            match written {
+                Err(fault) if fault.class == Class::Throttled && attempts.again() => {
+                    tokio::time::sleep(backoff.pause()).await;
+                }
+                done => break done,
             }
-            Err(fault) => Err(fault),
         };
         match done {
             Ok(count) => {
@@ -332,8 +360,65 @@ impl FromImages<'_> {
             .map_err(|error| classify(Operation::ReadReplica, &error))
     }
 
+    /// Pays for what a letter wants to write, and sees to it that it may still be written then.
+    async fn pay<'b>(
+        &self,
+        lane: &'b Budget,
+        budget: &'b Budget,
+        letter: &Letter,
+        begun: Duration,
+    ) -> Result<Payment<'b>, String> {
+        let units = [units_by_size(letter)];
+        let mut paying = std::pin::pin!(Payment::of(lane, budget, &units));
+        loop {
+            tokio::select! {
+                biased;
+                payment = &mut paying => match self.go_on(begun) {
+                    Ok(()) => return Ok(payment),
+                    Err(why) => {
+                        payment.give_back();
+                        return Err(why);
+                    }
+                },
+                () = tokio::time::sleep(LOOK_EVERY) => self.go_on(begun)?,
+            }
+        }
+    }
+
     /// Writes what the record wrote, on condition that the replica holds what it replaced.
-    async fn write(&self, letter: &Letter) -> Result<(), Fault> {
+    async fn write(
+        &self,
+        letter: &Letter,
+        payment: Payment<'_>,
+        budget: &Arc<Budget>,
+    ) -> Result<(), Fault> {
+        let bound: Arc<dyn Bound> = Arc::clone(budget) as _;
+        let (answer, left) = within(bound, ATTEMPT_TIMEOUT, self.send(letter)).await;
+        match answer {
+            Some(Ok(told)) => {
+                payment.took(units_by_size(letter), told);
+                Ok(())
+            }
+            Some(Err((fault, strain))) => {
+                match fault.class {
+                    Class::Throttled => payment.throttled(strain),
+                    // Where a condition does not hold, the item is paid for all the same.
+                    Class::Condition => drop(payment),
+                    class if left == Left::No || !effect_unknown(class) => payment.give_back(),
+                    _ => drop(payment),
+                }
+                Err(fault)
+            }
+            None => Err(Fault::own(
+                Operation::Write,
+                Class::Network,
+                "no answer in time",
+                "the replica did not answer within the timeout",
+            )),
+        }
+    }
+
+    async fn send(&self, letter: &Letter) -> Result<f64, (Fault, Strain)> {
         let client = &self.ground.target.tables;
         let table = self.replica(&letter.table);
         let condition = Condition::of(&letter.keys, letter.images.old.as_ref());
@@ -345,10 +430,11 @@ impl FromImages<'_> {
                 .condition_expression(condition.text)
                 .set_expression_attribute_names(Some(condition.names))
                 .set_expression_attribute_values(condition.values)
+                .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map(|_| ())
-                .map_err(|error| classify(Operation::Write, &error)),
+                .map(|answer| units_of(answer.consumed_capacity.as_ref()))
+                .map_err(|error| (classify(Operation::Write, &error), Strain::of_put(&error))),
             None => client
                 .delete_item()
                 .table_name(table)
@@ -356,12 +442,23 @@ impl FromImages<'_> {
                 .condition_expression(condition.text)
                 .set_expression_attribute_names(Some(condition.names))
                 .set_expression_attribute_values(condition.values)
+                .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map(|_| ())
-                .map_err(|error| classify(Operation::Write, &error)),
+                .map(|answer| units_of(answer.consumed_capacity.as_ref()))
+                .map_err(|error| {
+                    let strain = Strain::of_delete(&error);
+                    (classify(Operation::Write, &error), strain)
+                }),
         }
     }
+}
+
+/// Write units of a letter: of the larger of both images.
+fn units_by_size(letter: &Letter) -> f64 {
+    let images = [&letter.images.old, &letter.images.new];
+    let bytes = images.into_iter().flatten().map(item_bytes).max();
+    f64::from(write_units(bytes.unwrap_or(0)))
 }
 
 /// That an item is still what it was.

@@ -73,6 +73,10 @@ pub struct DoubtRow {
     pub lease_counter: u64,
     /// When it was noticed, RFC 3339.
     pub at: String,
+    /// Before which moment of the source all of the shard was applied when it was noticed, in milliseconds;
+    /// absent where nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied_until: Option<i64>,
 }
 
 impl DoubtRow {
@@ -134,6 +138,7 @@ impl DoubtRow {
             lease_owner: None,
             lease_counter: 0,
             at,
+            applied_until: None,
         };
         row.set_position(from);
         row

@@ -26,6 +26,17 @@ pub enum GapReason {
 }
 
 impl GapReason {
+    /// Every one.
+    pub const ALL: [Self; 7] = [
+        Self::NeverCopied,
+        Self::Trimmed,
+        Self::StreamRecreated,
+        Self::ShardVanished,
+        Self::SourceSwitched,
+        Self::ReconcileUnfinished,
+        Self::Drift,
+    ];
+
     /// The name in rows, metrics and messages.
     pub const fn label(self) -> &'static str {
         match self {
@@ -104,6 +115,10 @@ pub struct GapRow {
     /// finished, before it may be repaired.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub awaits: Option<String>,
+    /// Before which moment of the source all was applied when it was found, in milliseconds; absent where
+    /// nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied_until: Option<i64>,
 }
 
 impl GapRow {
@@ -122,6 +137,7 @@ impl GapRow {
             found_at: 0,
             lease_counter: 0,
             awaits: None,
+            applied_until: None,
         }
     }
 
@@ -132,6 +148,15 @@ impl GapRow {
         Self {
             found_at: found_ms,
             lease_counter: u64::try_from(found_ms).unwrap_or_default(),
+            ..self
+        }
+    }
+
+    /// The same, where all made before `ms` of the source was applied when it was found.
+    #[must_use]
+    pub fn applied_until(self, ms: Option<i64>) -> Self {
+        Self {
+            applied_until: ms,
             ..self
         }
     }
@@ -152,6 +177,8 @@ impl GapRow {
             at: self.at.clone(),
             found_at: found.found_at.max(self.found_at + 1),
             lease_counter: self.lease_counter + 1,
+            // The older of both, and nobody knows if one of them does not.
+            applied_until: self.applied_until.min(found.applied_until),
             ..found.clone()
         }
     }

@@ -6,6 +6,7 @@ use super::{HEARTBEAT_LIMIT, Health, Reason, Scope, State};
 use crate::lease::row::{GapReason, HowFar, Mending};
 use crate::observe::liveness::{Excuses, Finding, Ledger, Limits, Signs};
 use crate::observe::metrics;
+use crate::observe::view::reasons::low_headroom;
 
 /// A closed tap.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,13 +30,14 @@ pub struct TableDoubts {
     pub overdue: usize,
 }
 
-/// The dead letters of a queue.
+/// The dead letters that wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LettersLeft {
     /// How many wait.
     pub waiting: u64,
-    /// Time until the queue forgets the oldest.
-    pub left: Duration,
+    /// Time until the queue forgets the oldest; `None` where none waits, or in a directory, which forgets
+    /// nothing.
+    pub left: Option<Duration>,
     /// Whether a person has to know.
     pub is_urgent: bool,
 }
@@ -123,6 +125,8 @@ impl State {
     /// Reasons from taps, doubts and missing signs of life.
     pub(super) fn more_reasons(&self, reasons: &mut Vec<Reason>, now: Instant) {
         self.mending_reasons(reasons);
+        let headroom = self.headroom.iter();
+        reasons.extend(headroom.filter_map(|(table, left_s)| low_headroom(table, Some(*left_s))));
         for (table, tap) in &self.taps {
             let headroom = tap.headroom_s.map_or_else(
                 || "how long the stream remembers what waits is not known".to_owned(),
@@ -150,14 +154,16 @@ impl State {
                 next: "Look at the other reasons and the log: what holds the repair back is said there".to_owned(),
             });
         }
-        if let Some(letters) = self.letters.filter(|letters| letters.is_urgent) {
+        if let Some(letters) = self.letters.filter(|letters| letters.is_urgent)
+            && let Some(left) = letters.left
+        {
             reasons.push(Reason {
                 code: "dead-letters-expire".to_owned(),
                 table: String::new(),
                 text: format!(
                     "the queue forgets the oldest of {} dead letter(s) in {}",
                     letters.waiting,
-                    hours(letters.left.as_secs_f64())
+                    hours(left.as_secs_f64())
                 ),
                 next: "Mend what the replica refused and bring them home with `farshore redrive --apply`, or give the queue a longer MessageRetentionPeriod".to_owned(),
             });
@@ -317,9 +323,23 @@ impl Health {
         };
     }
 
-    /// What is left for the dead letters, where any wait.
-    pub fn set_letters(&self, letters: Option<LettersLeft>) {
-        self.state().letters = letters;
+    /// So long it takes until the stream of `table` forgets what may not be applied.
+    pub fn set_headroom(&self, table: &str, left_s: Option<f64>) {
+        let mut state = self.state();
+        match left_s {
+            Some(left_s) => state.headroom.insert(table.to_owned(), left_s),
+            None => state.headroom.remove(table),
+        };
+    }
+
+    /// The dead letters that wait, once somebody has looked.
+    pub fn letters(&self) -> Option<LettersLeft> {
+        self.state().letters
+    }
+
+    /// The dead letters that wait now.
+    pub fn set_letters(&self, letters: LettersLeft) {
+        self.state().letters = Some(letters);
     }
 
     /// What the fleet does for `table` to be whole.

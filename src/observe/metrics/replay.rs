@@ -1,8 +1,11 @@
 //! The meters that every replayed record moves: found once for a table, and moved once for an answer.
 
+use std::sync::Arc;
+
 use metrics::{Counter, Histogram, counter, histogram};
 
 use super::{COALESCED, LAG, RECORDS};
+use crate::observe::board::{Board, TableTotals};
 use crate::stream::change::Event;
 
 /// The meters of one table's replay.
@@ -10,6 +13,7 @@ pub struct Replay {
     records: [Counter; Event::ALL.len()],
     lag: Histogram,
     coalesced: Counter,
+    totals: Arc<TableTotals>,
 }
 
 /// What one answer made durable.
@@ -50,8 +54,9 @@ impl Tally {
 
 impl Replay {
     /// The meters of `table`, of the recorder that is installed now.
-    pub fn of(table: &str) -> Self {
+    pub fn of(table: &str, board: &Board) -> Self {
         Self {
+            totals: board.table(table),
             records: Event::ALL.map(
                 |event| counter!(RECORDS, "table" => table.to_owned(), "event" => event.name()),
             ),
@@ -67,11 +72,15 @@ impl Replay {
                 counter.increment(records);
             }
         }
+        let mut lag_ms = None;
         for (created_ms, changes) in &tally.made {
-            let seconds = (now_ms - created_ms).max(0) as f64 / 1_000.0;
+            let late_ms = (now_ms - created_ms).max(0);
+            lag_ms = lag_ms.max(Some(late_ms));
+            let seconds = late_ms as f64 / 1_000.0;
             self.lag
                 .record_many(seconds, usize::try_from(*changes).unwrap_or(usize::MAX));
         }
+        self.totals.finished(tally.records(), now_ms, lag_ms);
         if tally.coalesced > 0 {
             self.coalesced.increment(tally.coalesced);
         }

@@ -23,13 +23,31 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub struct ShardDoubts {
     pending: Pending,
+    /// Before which moment all was applied when the first of what is pending was noticed.
+    applied_until: Option<i64>,
     last: Option<(DoubtRow, Instant)>,
 }
 
 impl ShardDoubts {
-    /// The records after `durable` up to `last` may take effect until `until_ms`.
-    pub fn add(&mut self, durable: &Position, last: &SequenceNumber, until_ms: i64) {
+    /// The records after `durable` up to `last` may take effect until `until_ms`. All that was made before
+    /// `applied_until` of the source is applied.
+    pub fn add(
+        &mut self,
+        durable: &Position,
+        last: &SequenceNumber,
+        until_ms: i64,
+        applied_until: Option<i64>,
+    ) {
+        self.applied_until = match self.is_stored() {
+            true => applied_until,
+            false => self.applied_until.min(applied_until),
+        };
         self.pending.add(durable, last, until_ms);
+    }
+
+    /// Whether nothing is in doubt that is not stored.
+    pub fn is_stored(&self) -> bool {
+        self.pending.range().is_none()
     }
 
     /// Stores what is in doubt. Tell [`stored`](Self::stored) what it returns.
@@ -46,10 +64,11 @@ impl ShardDoubts {
         let last = self.last.as_ref();
         let last = last.filter(|(_, at)| at.elapsed() < young);
         let last = last.map(|(row, _)| row.clone());
+        let applied_until = self.applied_until;
         async move {
             match range {
                 None => Ok(None),
-                Some(range) => store_range(&context, &shard, &range, last)
+                Some(range) => store_range(&context, &shard, (&range, applied_until), last)
                     .await
                     .map(|row| Some((range, row))),
             }
@@ -74,13 +93,14 @@ impl ShardDoubts {
 async fn store_range(
     context: &TableContext,
     shard: &ShardId,
-    range: &Range,
+    (range, applied_until): (&Range, Option<i64>),
     last: Option<DoubtRow>,
 ) -> Result<DoubtRow, Fault> {
     let shared = &context.shared;
     let table = &context.table.name;
     if let Some(mut row) = last {
         let known = row.lease_counter;
+        row.applied_until = row.applied_until.min(applied_until);
         if grow(&mut row, range) && shared.state.replace(&row, known).await? == Written::Yes {
             return Ok(row);
         }
@@ -99,12 +119,15 @@ async fn store_range(
         End::Record(to) => row.to = Some(to.as_str().to_owned()),
         End::Time(ms) => row.to_time = Some(*ms),
     }
+    row.applied_until = applied_until;
     shared.state.create(&row).await?;
     metrics::doubted(table, range.cause);
     tracing::warn!(
         table,
         shard = %shard,
         cause = range.cause.label(),
+        from = row.from,
+        to = row.to,
         until = rfc3339(range.until_ms),
         "in doubt: writes may still take effect; the keys are repaired afterwards"
     );
@@ -112,12 +135,18 @@ async fn store_range(
     Ok(row)
 }
 
-/// Stores what the owner before left in doubt, however long it takes.
-pub async fn store_inherited(context: &TableContext, shard: &ShardId, range: &Range) {
+/// Stores what the owner before left in doubt, however long it takes. All that was made before
+/// `applied_until` of the source is applied.
+pub async fn store_inherited(
+    context: &TableContext,
+    shard: &ShardId,
+    range: &Range,
+    applied_until: Option<i64>,
+) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let health = &context.shared.health;
     let table = &context.table.name;
-    while let Err(fault) = store_range(context, shard, range, None).await {
+    while let Err(fault) = store_range(context, shard, (range, applied_until), None).await {
         health.failed(Scope::State, table, &shard.0, &fault);
         tokio::time::sleep(backoff.pause()).await;
     }

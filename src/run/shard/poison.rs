@@ -64,11 +64,12 @@ impl Consumer<'_> {
             .dead_lettered(delivered.slot, delivered.key.as_ref());
         let shared = &self.context.shared;
         let table = &self.context.table.name;
-        metrics::dead_lettered(table, delivered.class);
-        Board::add(&shared.board.totals.dead_letters, 1);
+        shared.board.dead_lettered(table, delivered.class);
         if let Some(event) = delivered.event {
             metrics::record(table, event);
             Board::add(&shared.board.totals.records, 1);
+            let now_ms = shared.source.clock.now_ms();
+            shared.board.table(table).finished(1, now_ms, None);
         }
         self.note_durable();
     }

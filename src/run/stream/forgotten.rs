@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 
 use super::{ROWS_A_STEP, ROWS_AT_ONCE, Stream};
 use crate::error::{Class, Fault, Operation};
-use crate::lease::row::{GapReason, ShardRow, StreamRow};
+use crate::lease::row::{GapReason, ShardRow, StreamRow, shard_key};
 use crate::observe::health::Scope;
 use crate::run::discovery::Listed;
 use crate::run::rows::Snapshot;
@@ -203,8 +203,16 @@ impl Stream {
         let detail = format!("{}/{shard}", stream_label(&self.context.stream_arn));
         // Not repaired before its turn has come and it is found to hold nothing: what its parents hold is
         // older, and may still be on its way.
-        self.gap(GapReason::ShardVanished, &detail, Some(shard))
-            .await?;
+        let shared = &self.context.shared;
+        let (table, arn) = (&self.context.table.name, &self.context.stream_arn);
+        let applied_until = shared.proven_of_shard(&shard_key(shared.epoch, table, arn, shard));
+        self.gap(
+            GapReason::ShardVanished,
+            &detail,
+            Some(shard),
+            applied_until,
+        )
+        .await?;
         self.gaps.insert(shard.clone());
         Ok(())
     }
