@@ -55,6 +55,7 @@ use crate::lease::term::Term;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
+use crate::observe::whereabouts::Whereabouts;
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use ahead::Ahead;
@@ -86,6 +87,7 @@ pub struct Worker {
     metrics: Option<PrometheusHandle>,
     health: Arc<Health>,
     board: Arc<Board>,
+    whereabouts: Whereabouts,
 }
 
 impl Worker {
@@ -99,6 +101,7 @@ impl Worker {
         metrics: Option<PrometheusHandle>,
     ) -> Self {
         Self {
+            whereabouts: Whereabouts::new(&loaded, &regions),
             loaded,
             regions,
             role,
@@ -132,6 +135,7 @@ impl Worker {
             self.listener,
             Arc::clone(&self.health),
             self.metrics.clone(),
+            self.whereabouts.clone(),
             serving.clone(),
         ));
         let roles = role::Roles {
@@ -139,6 +143,7 @@ impl Worker {
             regions: self.regions,
             health: self.health,
             board: self.board,
+            whereabouts: self.whereabouts,
             metrics: self.metrics,
         };
         let exit = roles.play(self.role, &stop).await;

@@ -9,6 +9,7 @@ use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::error::{Exit, Failure};
 use crate::jobs::failover::planned::prepare;
+use crate::jobs::failover::ttl;
 use crate::jobs::failover::{Ended, Failover, Survey, Watcher, survey, unaccepted};
 
 /// How long a planned switchover may take unless it is said otherwise.
@@ -50,7 +51,11 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     let survey = survey(&loaded, &regions, &args.to).await?;
     refuse_unknown_losses(&survey, args)?;
     if !args.apply {
-        show::plan(&loaded, &survey, args).await?;
+        let ttls = match ttl::source(&survey, &regions) {
+            Some(source) => ttl::look(&loaded.config, source).await,
+            None => Vec::new(),
+        };
+        show::plan(&loaded, &survey, &ttls, args).await?;
         return Ok(Exit::Remains);
     }
     if !survey.is_under_way() {
@@ -82,6 +87,11 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     match switched {
         Ok(report) => show::done(&survey, &report, args),
         Err(Ended::Failed(failure) | Ended::Overtaken(failure)) => Err(failure),
+        Err(Ended::Action(stopped)) => {
+            let (failure, actions) = *stopped;
+            show::stopped_at_action(&survey, &failure, &actions, args)?;
+            Ok(Exit::Remains)
+        }
         Err(Ended::GivenUp(why)) => {
             show::given_up(&survey, &why, args)?;
             Ok(Exit::Remains)

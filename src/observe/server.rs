@@ -1,4 +1,5 @@
-//! The worker's HTTP server: `/metrics`, `/livez`, `/readyz`.
+//! The worker's HTTP server: `/metrics`, `/livez`, `/readyz`; `/active` and `/region` are
+//! [`active`](super::active)'s.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +14,9 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::active;
 use super::health::Health;
+use super::whereabouts::Whereabouts;
 use crate::error::Failure;
 
 #[derive(Clone)]
@@ -41,13 +44,15 @@ pub async fn serve(
     listener: TcpListener,
     health: Arc<Health>,
     metrics: Option<PrometheusHandle>,
+    whereabouts: Whereabouts,
     stop: CancellationToken,
 ) {
     let router = Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(render))
-        .with_state(Shared { health, metrics });
+        .with_state(Shared { health, metrics })
+        .merge(active::routes(whereabouts, stop.clone()));
     let served = axum::serve(listener, router)
         .with_graceful_shutdown(async move { stop.cancelled().await })
         .await;

@@ -15,11 +15,12 @@ use crate::config::Config;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::{ServiceClock, host_ms, rfc3339, uptime};
 use crate::error::{Class, Fault, Operation};
-use crate::lease::control::{Flow, Heed, adopted, heed};
+use crate::lease::control::{Flow, Heed, Verdict, adopted, heed, verdict};
 use crate::lease::row::{ControlRow, state};
 use crate::lease::table::{StateTable, Written};
 use crate::lease::term::Term;
 use crate::observe::health::{Health, Scope};
+use crate::observe::whereabouts::{Known, Whereabouts};
 
 /// What health knows the reading of the own record by.
 const PART: &str = "control";
@@ -38,11 +39,17 @@ pub struct Records {
     own: StateTable,
     others: Vec<(String, StateTable)>,
     seen: Mutex<BTreeMap<String, ControlRow>>,
+    whereabouts: Whereabouts,
 }
 
 impl Records {
     /// Those of the group of `config`, for a process in `here`. Nothing is read yet.
-    pub fn new(config: &Config, here: &str, regions: &Regions) -> Option<Arc<Self>> {
+    pub fn new(
+        config: &Config,
+        here: &str,
+        regions: &Regions,
+        whereabouts: Whereabouts,
+    ) -> Option<Arc<Self>> {
         let lease = config.leases.duration;
         let name = config.state_table();
         // One that does not answer must not make the next look late.
@@ -61,6 +68,7 @@ impl Records {
                 .map(|region| (region.label.clone(), table(region)))
                 .collect(),
             seen: Mutex::default(),
+            whereabouts,
         }))
     }
 
@@ -106,6 +114,27 @@ impl Records {
             }
             Err(fault) => Err(fault),
         }
+    }
+
+    /// Tells applications and health what a reading of the own record, `read`, that began at `begun` has
+    /// brought. Where nobody has a record `current` counts, which decided at the start.
+    pub fn tell(
+        &self,
+        begun: Duration,
+        read: &Result<(), Fault>,
+        current: (&str, u64),
+        health: &Health,
+    ) {
+        if let Err(fault) = read {
+            health.failed(Scope::State, "", PART, fault);
+            return self.whereabouts.unknown(format!(
+                "the control record in {} could not be read: {}",
+                self.here,
+                fault.summary()
+            ));
+        }
+        health.succeeded(Scope::State, "", PART);
+        self.whereabouts.set(known(&self.lock(), current, begun));
     }
 
     /// Reads the records of the other regions; of those that do not answer nothing is learnt.
@@ -197,6 +226,46 @@ impl Records {
     }
 }
 
+/// Which region is active, as `seen` says by region.
+fn known(
+    seen: &BTreeMap<String, ControlRow>,
+    (active, epoch): (&str, u64),
+    read: Duration,
+) -> Known {
+    let (active, epoch, state) = match verdict(seen.values()) {
+        Verdict::Conflict { epoch, actives } => {
+            (actives.join(", "), epoch, state::CONFLICT.to_owned())
+        }
+        Verdict::Decided { active, epoch } => {
+            let state = state_of(seen, &active, epoch);
+            (active, epoch, state.to_owned())
+        }
+        Verdict::FromFile | Verdict::Unknown => {
+            (active.to_owned(), epoch, state::STEADY.to_owned())
+        }
+    };
+    Known {
+        active,
+        epoch,
+        state,
+        read,
+    }
+}
+
+/// The state of `epoch`. That writes should wait is said by the record of the region that is to become
+/// active; everything else by that of the region that is: other records are copies. Where it was not
+/// seen, a copy that is not steady goes first.
+fn state_of<'a>(seen: &'a BTreeMap<String, ControlRow>, active: &str, epoch: u64) -> &'a str {
+    let of_epoch = seen
+        .iter()
+        .filter(|(_, record)| record.epoch == epoch && record.active == active);
+    let counts = of_epoch.max_by_key(|(label, record)| {
+        let is_closing = record.state == state::CLOSING;
+        (is_closing, *label == active, record.state != state::STEADY)
+    });
+    counts.map_or(state::STEADY, |(_, record)| record.state.as_str())
+}
+
 /// Reads the records for as long as `flow` goes on, and ends `term` once it is over. Returns then.
 pub async fn watch_term(
     records: Arc<Records>,
@@ -216,18 +285,17 @@ pub async fn watch_term(
             active: &active,
         };
         let why = heed(flow, &records.seen());
-        match read {
-            _ if why != Heed::GoOn => {
-                tracing::warn!(?why, epoch, "this epoch is over: nothing more is sent");
-                term.end(why);
-                return;
-            }
-            Ok(()) => {
-                health.succeeded(Scope::State, "", PART);
-                term.confirm(begun);
-                records.reopen_if_due(clock.now_ms()).await;
-            }
-            Err(fault) => health.failed(Scope::State, "", PART, &fault),
+        if why != Heed::GoOn {
+            tracing::warn!(?why, epoch, "this epoch is over: nothing more is sent");
+            // First of all: what is told can wait.
+            term.end(why);
+            records.tell(begun, &read, (&active, epoch), &health);
+            return;
+        }
+        records.tell(begun, &read, (&active, epoch), &health);
+        if read.is_ok() {
+            term.confirm(begun);
+            records.reopen_if_due(clock.now_ms()).await;
         }
         while others.try_join_next().is_some() {}
         let is_due = asked.is_none_or(|asked| asked.elapsed() >= records.others_every());
@@ -237,5 +305,41 @@ pub async fn watch_term(
             others.spawn(async move { records.read_others().await });
         }
         tokio::time::sleep(records.own_every()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(epoch: u64, active: &str, state: &str) -> ControlRow {
+        let mut row = ControlRow::first("g", active, "test", "now".into());
+        (row.epoch, row.state) = (epoch, state.to_owned());
+        row
+    }
+
+    fn state_in(rows: &[(&str, ControlRow)]) -> String {
+        let seen = rows
+            .iter()
+            .map(|(label, row)| ((*label).to_owned(), row.clone()));
+        known(&seen.collect(), ("f", 1), Duration::ZERO).state
+    }
+
+    #[test]
+    fn the_active_regions_own_record_counts_before_its_copies_and_closing_before_all() {
+        let own = ("b", record(2, "b", state::WATCHING));
+        let copy = ("a", record(2, "b", state::QUARANTINED));
+        let old = ("c", record(1, "a", state::STEADY));
+        assert_eq!(state_in(&[copy.clone(), own, old.clone()]), state::WATCHING);
+        assert_eq!(state_in(&[copy, old]), state::QUARANTINED);
+        let closing = ("b", record(1, "a", state::CLOSING));
+        let active = ("a", record(1, "a", state::STEADY));
+        assert_eq!(state_in(&[active, closing]), state::CLOSING);
+        assert_eq!(state_in(&[]), state::STEADY);
+        let rivals = [
+            ("b", record(2, "b", state::STEADY)),
+            ("c", record(2, "c", state::STEADY)),
+        ];
+        assert_eq!(state_in(&rivals), state::CONFLICT);
     }
 }

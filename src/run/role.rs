@@ -21,10 +21,12 @@ use super::start::{Role, find_role};
 use super::{Fed, beat, feed_until};
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
+use crate::dynamo::clock::uptime;
 use crate::error::{Exit, Failure};
 use crate::lease::control::{Part, Verdict, part, verdict};
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Idle};
+use crate::observe::whereabouts::Whereabouts;
 
 /// How often a role is looked for anew where none could be found: no more often than this.
 const ASK_EVERY_MIN: Duration = Duration::from_millis(200);
@@ -35,6 +37,7 @@ pub(super) struct Roles {
     pub(super) regions: Arc<Regions>,
     pub(super) health: Arc<Health>,
     pub(super) board: Arc<Board>,
+    pub(super) whereabouts: Whereabouts,
     pub(super) metrics: Option<PrometheusHandle>,
 }
 
@@ -50,7 +53,12 @@ impl Roles {
     pub(super) async fn play(&self, role: Role, stop: &CancellationToken) -> Exit {
         let mut next = Some(role);
         // Over all roles: an epoch seen once is never forgotten.
-        let records = Records::new(&self.loaded.config, &self.loaded.here, &self.regions);
+        let records = Records::new(
+            &self.loaded.config,
+            &self.loaded.here,
+            &self.regions,
+            self.whereabouts.clone(),
+        );
         let Some(records) = records else {
             // Validation has seen to it that `here` is a region.
             return Exit::CouldNotRun;
@@ -97,6 +105,10 @@ impl Roles {
                 },
             };
             self.tell(&waiting);
+            let begun = uptime();
+            let read = records.read_own().await;
+            let current = (waiting.active.as_str(), waiting.epoch);
+            records.tell(begun, &read, current, &self.health);
             if !self.beating(self.wait(&waiting, &records, stop)).await {
                 return Exit::Done;
             }
@@ -164,7 +176,9 @@ impl Roles {
                 () = tokio::time::sleep(every) => {}
             }
             // What does not answer changes nothing.
-            let (_, ()) = tokio::join!(records.read_own(), records.read_others());
+            let begun = uptime();
+            let (read, ()) = tokio::join!(records.read_own(), records.read_others());
+            records.tell(begun, &read, (&waiting.active, waiting.epoch), &self.health);
             if self.has_moved(waiting, records) {
                 return true;
             }
@@ -233,8 +247,11 @@ impl Roles {
     /// Looks for the role once. What was seen before counts beside what answers now: an epoch that was
     /// acknowledged does not come back because a region fell silent.
     async fn look(&self, records: &Records) -> Result<Role, Failure> {
-        // A fault of it shows when the role is found.
-        let _ = records.read_own().await;
+        let begun = uptime();
+        let read = records.read_own().await;
+        if let Verdict::Decided { active, epoch } = verdict(&records.seen()) {
+            records.tell(begun, &read, (&active, epoch), &self.health);
+        }
         if let Some(role) = self.idle_role(records) {
             // Nobody else has to answer for that.
             return Ok(role);

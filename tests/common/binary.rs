@@ -17,7 +17,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Has the kernel kill the process once the *thread* that starts it ends: however a test ends, even
 /// killed, its processes end with it.
 #[cfg(target_os = "linux")]
-fn die_with_parent(command: &mut Command) {
+pub fn die_with_parent(command: &mut Command) {
     use std::os::unix::process::CommandExt;
 
     let parent = rustix::process::getpid();
@@ -35,7 +35,7 @@ fn die_with_parent(command: &mut Command) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn die_with_parent(_command: &mut Command) {}
+pub fn die_with_parent(_command: &mut Command) {}
 
 type Started = mpsc::Sender<io::Result<Child>>;
 

@@ -6,12 +6,14 @@ use serde_json::{Value, json};
 
 use super::super::{answer, answer_json};
 use super::Args;
+use crate::actions::{Moment, describe};
 use crate::config::read::Loaded;
 use crate::dead_letter::Store;
 use crate::dead_letter::survey::survey as survey_letters;
 use crate::dynamo::clock::rfc3339;
 use crate::error::{Exit, Failure};
-use crate::jobs::failover::{RegionSeen, Report, Survey, TableSeen, step, unaccepted};
+use crate::jobs::failover::ttl::Ttl;
+use crate::jobs::failover::{Acted, RegionSeen, Report, Survey, TableSeen, step, unaccepted};
 use crate::lease::control::Answer;
 
 /// How many letters of a queue are looked at.
@@ -23,7 +25,7 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 const NOT_FENCED: &str = "Farshore stops its own writers. It does not stop the application: what still writes in the old region after this is stranded there, kept, and reaches nobody";
 
 /// One step of a plan.
-fn steps(survey: &Survey, args: &Args) -> Vec<String> {
+fn steps(loaded: &Loaded, survey: &Survey, ttls: &[Ttl], args: &Args) -> Vec<String> {
     let (from, to, next) = (&survey.active, &survey.to, survey.epoch + 1);
     let mut steps = Vec::new();
     if survey.is_under_way() {
@@ -47,19 +49,47 @@ fn steps(survey: &Survey, args: &Args) -> Vec<String> {
         "stop every writer of epoch {}: each acknowledges, or a lease passes after its rows were fenced; the exact positions are kept",
         survey.epoch
     ));
+    let moment = Moment {
+        group: &loaded.config.group,
+        region: to,
+        previous: from,
+        epoch: next,
+        reason: &args.reason,
+    };
+    for action in &loaded.config.actions {
+        steps.push(format!("action {}", describe(action, &moment)));
+    }
     steps.push(format!(
         "copy the record to the other regions that answer; {from} is in quarantine from then on"
     ));
+    for ttl in ttls {
+        match &ttl.attribute {
+            Ok(Some(attribute)) => steps.push(format!(
+                "time to live of {} ({attribute}): on in {to}, off in {from}",
+                ttl.table
+            )),
+            Ok(None) => {}
+            Err(_) => steps.push(format!(
+                "time to live of {}: as {from} has it, if that answers by then",
+                ttl.table
+            )),
+        }
+    }
     steps.push("if anything was in flight: watch the new active region for writes of the old epoch that take effect late, and undo them".to_owned());
     steps
 }
 
 /// Shows what would be done.
-pub(super) async fn plan(loaded: &Loaded, survey: &Survey, args: &Args) -> Result<(), Failure> {
+pub(super) async fn plan(
+    loaded: &Loaded,
+    survey: &Survey,
+    ttls: &[Ttl],
+    args: &Args,
+) -> Result<(), Failure> {
     let letters = letters(loaded, survey).await;
     let losses = survey.all_losses();
     let open = unaccepted(&losses, &args.accept_loss);
-    let steps = steps(survey, args);
+    let steps = steps(loaded, survey, ttls, args);
     if args.json {
         return answer_json(&json!({
             "version": 1,
@@ -230,7 +260,9 @@ fn waited_s(report: &Report) -> Option<f64> {
 /// Shows what was done.
 pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit, Failure> {
     let late = &report.late;
-    let remains = !report.in_flight.is_empty()
+    let remains = report.ttl.iter().any(|ttl| !ttl.left.is_empty())
+        || report.actions.iter().any(|acted| acted.failure.is_some())
+        || !report.in_flight.is_empty()
         || !late.standing.is_empty()
         || !late.unwatched.is_empty()
         || !late.unknown.is_empty()
@@ -259,6 +291,8 @@ pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit
                 "at": rfc3339(done.at_ms),
                 "note": done.note,
             })).collect::<Vec<_>>(),
+            "actions": actions_json(&report.actions),
+            "ttl": report.ttl.iter().map(ttl_json).collect::<Vec<_>>(),
             "inFlight": report.in_flight.iter().map(|one| json!({
                 "table": one.table,
                 "shard": one.shard,
@@ -295,6 +329,8 @@ pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit
             note => format!("  ✓ {} {}: {note}", rfc3339(done.at_ms), done.step),
         })
         .collect();
+    lines.extend(report.actions.iter().map(action_line));
+    lines.extend(report.ttl.iter().flat_map(ttl_lines));
     for one in &report.in_flight {
         lines.push(format!(
             "  ! {} shard {}: {} had not given it back; what came after {} may be applied in part, and is kept for the way home",
@@ -349,6 +385,90 @@ pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit
     ));
     answer(&lines.join("\n"))?;
     Ok(exit)
+}
+
+fn ttl_json(ttl: &Ttl) -> Value {
+    json!({
+        "table": ttl.table,
+        "attribute": ttl.attribute.as_ref().ok().and_then(Option::as_ref),
+        "unknown": ttl.attribute.as_ref().err(),
+        "left": ttl.left.iter().map(|(command, why)| json!({
+            "command": command,
+            "why": why,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+fn ttl_lines(ttl: &Ttl) -> Vec<String> {
+    let table = &ttl.table;
+    let mut lines = Vec::new();
+    match &ttl.attribute {
+        Ok(None) => {}
+        Ok(Some(attribute)) if ttl.left.is_empty() => lines.push(format!(
+            "  = time to live of {table} ({attribute}): on here, off in the old region"
+        )),
+        Ok(Some(_)) => {}
+        Err(why) => lines.push(format!(
+            "  = time to live of {table}: not known, and left off here: {why}"
+        )),
+    }
+    for (command, why) in &ttl.left {
+        lines.push(format!(
+            "  ! time to live of {table} is left to you: {command}: {why}"
+        ));
+    }
+    lines
+}
+
+fn actions_json(actions: &[Acted]) -> Vec<Value> {
+    let one = |acted: &Acted| {
+        json!({
+            "name": acted.name,
+            "standing": acted.standing,
+            "why": acted.failure.as_ref().map(|failure| &failure.why),
+        })
+    };
+    actions.iter().map(one).collect()
+}
+
+fn action_line(acted: &Acted) -> String {
+    let (name, standing) = (&acted.name, acted.standing);
+    match &acted.failure {
+        None => format!("  = action {name}: {standing}"),
+        Some(failure) => format!(
+            "  ! action {name}: {standing}: {}. {}",
+            failure.why, failure.next
+        ),
+    }
+}
+
+/// Shows that a required action failed.
+pub(super) fn stopped_at_action(
+    survey: &Survey,
+    failure: &Failure,
+    actions: &[Acted],
+    args: &Args,
+) -> Result<(), Failure> {
+    if args.json {
+        return answer_json(&json!({
+            "version": 1,
+            "command": "failover",
+            "applied": true,
+            "to": survey.to,
+            "stoppedAt": failure.what,
+            "why": failure.why,
+            "next": failure.next,
+            "actions": actions_json(actions),
+        }));
+    }
+    let mut lines: Vec<String> = actions.iter().map(action_line).collect();
+    lines.push(format!("{}: {}.", failure.what, failure.why));
+    lines.push(format!(
+        "{} is active and fenced. {}; then type the same command again: it goes on with this action.",
+        survey.to,
+        failure.next.trim_end_matches('.')
+    ));
+    answer(&lines.join("\n"))
 }
 
 /// Shows that a planned switchover was given up.

@@ -3,7 +3,7 @@
 //! ```text
 //!   planned: caught up ─▶ closing (writes should wait) ─▶ quiet, all applied ┐
 //!                          │ not within the time: steady again               ▼
-//!   ──────────────────────────────▶ record of epoch n + 1: fencing ─▶ fenced ─▶ told ─▶ watched ─▶ steady
+//!   ──────────────────────────────▶ record of epoch n + 1: fencing ─▶ fenced ─▶ actions ─▶ told ─▶ watched ─▶ steady
 //! ```
 //!
 //! Every step is stored in the control record once it is done, on condition of its epoch and counter; the
@@ -13,16 +13,19 @@
 //! [`late`] undoes what was in flight and took effect late. [`fence`] (pure) says when nothing of the old epoch can be sent any more, [`survey()`] what is known
 //! beforehand.
 
+mod acting;
 pub mod fence;
 pub mod late;
 pub mod planned;
 mod survey;
+pub mod ttl;
 
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use tokio_util::sync::CancellationToken;
 
+pub use acting::Acted;
 pub use survey::{RegionSeen, Survey, TableSeen, survey, unaccepted};
 
 use crate::backoff::Backoff;
@@ -37,6 +40,7 @@ use crate::mutation::crash;
 use fence::{Next, Writers};
 use late::Found;
 use survey::failed;
+use ttl::Ttl;
 
 /// Steps as the record names them.
 pub mod step {
@@ -48,6 +52,8 @@ pub mod step {
     pub const BEGUN: &str = "begun";
     /// Nothing of the old epoch can be sent any more.
     pub const FENCED: &str = "fenced";
+    /// The actions are done, or were tried.
+    pub const ACTED: &str = "acted";
     /// The other regions were told, as far as they answered.
     pub const TOLD: &str = "told";
     /// No write of the old epoch can take effect late any more, and those that did are undone.
@@ -72,6 +78,8 @@ pub enum Ended {
     Failed(Failure),
     /// Another failover took over the group.
     Overtaken(Failure),
+    /// A required action failed: the same command goes on with it. How all of them stand.
+    Action(Box<(Failure, Vec<Acted>)>),
     /// A planned switchover was given up, and everything is as it was.
     GivenUp(String),
     /// Asked to stop: the same command goes on.
@@ -110,6 +118,8 @@ pub struct Failover<'a> {
     pub(super) stop: &'a CancellationToken,
     /// All regions: those that were active are asked once the switch is complete.
     regions: &'a Regions,
+    /// This process, for who looks at the record.
+    me: String,
     /// Whether it is done although late writes could not be looked for.
     pub accepts_unwatched: bool,
     /// When this process began to wait for the fence.
@@ -121,6 +131,10 @@ pub struct Failover<'a> {
 pub struct Report {
     /// The record at the end.
     pub record: ControlRow,
+    /// How the actions stand.
+    pub actions: Vec<Acted>,
+    /// The time to live of the tables.
+    pub ttl: Vec<Ttl>,
     /// What was in flight when the epoch ended.
     pub in_flight: Vec<InFlight>,
     /// Ranges of the old epoch in doubt when it ended.
@@ -160,6 +174,7 @@ impl<'a> Failover<'a> {
                 .unwrap_or_else(|| ControlRow::first(&config.group, &survey.to, by, String::new())),
             stop,
             regions,
+            me: crate::run::owner(),
             accepts_unwatched: false,
             since: Instant::now(),
         };
@@ -289,6 +304,11 @@ impl<'a> Failover<'a> {
             survey.to,
             epoch - 1
         ));
+        let actions = self.act(watcher).await?;
+        if !actions.is_empty() {
+            let now_ms = self.now_ms();
+            self.store(|row| row.note(step::ACTED, now_ms, "")).await?;
+        }
         let untold = self.tell(watcher).await?;
         // Once more: the other one may have begun a moment after the first look.
         if let Some(rivals) = conflict(survey, epoch).await {
@@ -304,9 +324,12 @@ impl<'a> Failover<'a> {
                 Some(left.map_err(|fault| fault.to_string()))
             }
         };
+        let ttl = self.switch_ttl().await;
         let late = self.watch(&writers, watcher).await?;
         Ok(Report {
             record: self.record.clone(),
+            actions,
+            ttl,
             in_flight: in_flight(&writers),
             doubts: writers.doubts.len(),
             late,
