@@ -7,6 +7,7 @@
 //! ```
 
 pub mod ahead;
+pub mod announce;
 pub mod audit;
 pub mod context;
 pub mod covered;
@@ -46,11 +47,13 @@ use crate::apply::batch::Writer;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
+use crate::dynamo::Regions;
 use crate::error::Exit;
 use crate::lease::budget_keeper::BudgetKeeper;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
+use crate::observe::whereabouts::Whereabouts;
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use ahead::Ahead;
@@ -82,17 +85,20 @@ pub struct Worker {
     metrics: Option<PrometheusHandle>,
     health: Arc<Health>,
     board: Arc<Board>,
+    whereabouts: Whereabouts,
 }
 
 impl Worker {
     /// A worker in `role` that serves metrics and health on `listener`.
     pub fn new(
         loaded: Loaded,
+        regions: &Regions,
         role: Role,
         listener: TcpListener,
         metrics: Option<PrometheusHandle>,
     ) -> Self {
         Self {
+            whereabouts: Whereabouts::new(&loaded, regions),
             config: loaded.config,
             here: loaded.here,
             role,
@@ -128,20 +134,29 @@ impl Worker {
             Arc::clone(&self.health),
             self.metrics.clone(),
             Arc::clone(&stage),
+            self.whereabouts.clone(),
             serving.clone(),
         ));
         let exit = match self.role {
-            Role::Standby { active } => {
+            Role::Standby(standby) => {
                 tracing::info!(
-                    active,
+                    active = standby.active,
                     "standby: this region is active, nothing is fed into it"
                 );
-                self.health.set_standby(&active);
+                let lease = self.config.leases.duration;
+                self.health.set_standby(&standby.active);
                 metrics::standby();
-                let standby = Standby::new(self.config, self.here, active, &self.health);
+                let seen =
+                    Standby::new(self.config, self.here, standby.active.clone(), &self.health);
                 // It is set nowhere else.
-                let _ = stage.set(Arc::new(standby));
-                beat(&self.health, None, self.metrics.as_ref(), &stop).await;
+                let _ = stage.set(Arc::new(seen));
+                let health = Arc::clone(&self.health);
+                let watched = announce::watch_records(standby, lease, self.whereabouts, health);
+                // Ends with the beat, which ends with `stop`.
+                tokio::select! {
+                    () = beat(&self.health, None, self.metrics.as_ref(), &stop) => {}
+                    () = watched => {}
+                }
                 Exit::Done
             }
             Role::Feed(feed) => {
@@ -150,7 +165,7 @@ impl Worker {
                     self.config,
                     *feed,
                     health,
-                    (self.board, stage),
+                    (self.board, stage, self.whereabouts),
                     self.metrics.as_ref(),
                     &stop,
                 )
@@ -169,13 +184,15 @@ async fn feed_until(
     config: Config,
     feed: Feed,
     health: Arc<Health>,
-    (board, stage): (Arc<Board>, server::Stage),
+    (board, stage, whereabouts): (Arc<Board>, server::Stage, Whereabouts),
     metrics: Option<&PrometheusHandle>,
     stop: &CancellationToken,
 ) -> Exit {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
     let owner = owner();
+    let began = (feed.active.clone(), feed.epoch);
+    let told = announce::tell_of_snapshots(rows.clone(), began, whereabouts);
     let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
         writers: writers(&config, &feed, &budgets),
@@ -215,6 +232,7 @@ async fn feed_until(
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
+    keepers.spawn(told);
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
     keepers.spawn(member::keep_budgets(Arc::clone(&shared)));

@@ -89,7 +89,7 @@ async fn demo(args: &Args, stop_writing: CancellationToken) -> Result<Exit, Fail
     if let Some(address) = address {
         eprintln!("page http://{address}/   metrics http://{address}/metrics");
     }
-    let worker = Worker::new(loaded, role, listener, Some(handle));
+    let worker = Worker::new(loaded, &regions, role, listener, Some(handle));
     let (board, health) = (worker.board(), worker.health());
     let stop_worker = CancellationToken::new();
     let working = tokio::spawn(worker.run(stop_worker.clone()));

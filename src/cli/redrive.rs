@@ -67,7 +67,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     }
     let feed = match find_role(&loaded, &regions).await? {
         Role::Feed(feed) => feed,
-        Role::Standby { active } => return Err(nothing_to_feed(&active)),
+        Role::Standby(standby) => return Err(nothing_to_feed(&standby.active)),
     };
     let ground = Ground::of(&feed);
     let followed = followed(&feed, &loaded).await?;

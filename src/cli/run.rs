@@ -26,7 +26,7 @@ pub(super) async fn run(loaded: Loaded) -> Result<Exit, Failure> {
         listen = %loaded.config.worker.listen,
         "metrics and health are served"
     );
-    let exit = Worker::new(loaded, role, listener, Some(handle))
+    let exit = Worker::new(loaded, &regions, role, listener, Some(handle))
         .run(stop)
         .await;
     drop(regions);

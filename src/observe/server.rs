@@ -1,4 +1,5 @@
-//! The worker's HTTP server: the page, `/metrics`, `/livez`, `/readyz`, `/status`.
+//! The worker's HTTP server: the page, `/metrics`, `/livez`, `/readyz`, `/status`; `/active` and
+//! `/region` are [`active`](super::active)'s.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -13,9 +14,11 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::active;
 use super::health::Health;
 use super::page::page;
 use super::view::View;
+use super::whereabouts::Whereabouts;
 use crate::error::Failure;
 
 /// What the server shows of the worker behind it.
@@ -56,6 +59,7 @@ pub async fn serve(
     health: Arc<Health>,
     metrics: Option<PrometheusHandle>,
     stage: Stage,
+    whereabouts: Whereabouts,
     stop: CancellationToken,
 ) {
     let router = Router::new()
@@ -68,7 +72,8 @@ pub async fn serve(
             health,
             metrics,
             stage,
-        });
+        })
+        .merge(active::routes(whereabouts, stop.clone()));
     let served = axum::serve(listener, router)
         .with_graceful_shutdown(async move { stop.cancelled().await })
         .await;

@@ -36,10 +36,17 @@ pub enum Role {
     /// It feeds `here` from the active region.
     Feed(Box<Feed>),
     /// `here` is the active region: nothing is fed into it.
-    Standby {
-        /// Label of the active region.
-        active: String,
-    },
+    Standby(Standby),
+}
+
+/// What standing by needs.
+pub struct Standby {
+    /// Label of the active region.
+    pub active: String,
+    /// Label of the region that is active where no region has a control record.
+    pub by_file: String,
+    /// The state tables of all regions, by label, there or not.
+    pub tables: Vec<(String, StateTable)>,
 }
 
 /// Everything that feeding needs, checked.
@@ -84,7 +91,16 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
     let state = StateTable::new(target.tables_within(patience), config.state_table());
     let (active, epoch) = find_active(config, &loaded.here, regions).await?;
     if active == loaded.here {
-        return Ok(Role::Standby { active });
+        let table = |region: &RegionClients| {
+            let client = region.tables_within(patience);
+            let table = StateTable::new(client, config.state_table());
+            (region.label.clone(), table)
+        };
+        return Ok(Role::Standby(Standby {
+            active,
+            by_file: config.active.clone(),
+            tables: regions.iter().map(table).collect(),
+        }));
     }
     let source = region(&active)?;
     if patiently(|| describe(&target.tables, state.name()))
