@@ -217,7 +217,7 @@ impl Application {
                 let id = format!("k{}", v % KEYS);
                 let put = clients[place].put_item().table_name(TABLE);
                 let put = put.item("id", s(&id)).item("v", common::stand::n(v)).send();
-                let written = tokio::time::timeout(Duration::from_secs(2), put).await;
+                let written = tokio::time::timeout(Duration::from_millis(400), put).await;
                 if matches!(written, Ok(Ok(_))) {
                     last.insert((place, id), v);
                 } else {

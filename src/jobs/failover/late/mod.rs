@@ -25,9 +25,10 @@ use crate::dynamo::RegionClients;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::dynamo::value::{Item, item_from_stream, same_item};
-use crate::error::Fault;
+use crate::error::{Fault, Policy};
 use crate::lease::doubts::until_ms;
 use crate::lease::row::{DoubtRow, state};
+use crate::lease::table::StateTable;
 use crate::mutation::{self, Mutation};
 use crate::stream::change::{Change, decode};
 
@@ -48,6 +49,8 @@ const BEFORE_MS: i64 = 120_000;
 const MARGIN_MS: i64 = 3_000;
 /// A write is not waited for longer before it is in doubt.
 const ATTEMPT_MAX: Duration = Duration::from_secs(10);
+/// How long a region is asked whether it answers at all.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a key holds. Two are equal when DynamoDB says so.
@@ -268,6 +271,9 @@ impl Failover<'_> {
         };
         let ranges = ranges(&table.name, writers);
         let streams = self.streams(&table.name, writers, &ranges);
+        for (epoch, _) in &streams {
+            self.refuse_silent(*epoch).await?;
+        }
         let keys = self.read_old(&streams, &ranges, fenced_ms).await?;
         // Nothing of what was in flight was sent long before it was noticed.
         let late_ms = until_ms(0, self.config.leases.late_effect);
@@ -301,6 +307,19 @@ impl Failover<'_> {
         streams.sort();
         streams.dedup();
         streams
+    }
+
+    /// Asks a region that is to be read once, and briefly: one that is gone without an answer would hold
+    /// everything up with each of its calls.
+    async fn refuse_silent(&self, epoch: u64) -> Result<(), String> {
+        let source = self.source_of(epoch)?;
+        let client = source.tables_within(ASK_TIMEOUT);
+        let state = StateTable::new(client, self.config.state_table());
+        match state.control().await {
+            Err(fault) if fault.policy() == Policy::Retry => Err(unread(source, &fault)),
+            // Whatever else it says, it answers.
+            _ => Ok(()),
+        }
     }
 
     /// The region whose stream that is.
