@@ -39,7 +39,7 @@
 //!   [`run::stream`] one of its streams, [`run::shard`] a shard.
 //! * [`lease::control`] (pure) decides which region is active.
 //! * [`actions`] tell everybody else after a failover; [`observe::whereabouts`] answers those who ask,
-//!   and [`run::announce`] knows it.
+//!   and [`run::records`] knows it.
 //! * [`jobs`] are one-shot: provision, redrive, reconcile. What writes holds a row ([`lease::hold`]).
 //! * [`error`] maps every error to one policy, and holds the sentences that people read.
 //! * [`dynamo`] makes the SDK clients, and knows items, keys and tables.

@@ -350,18 +350,23 @@ impl Ground<'_> {
         };
         let key_names: Vec<String> = pair.key.iter().map(|part| part.name.clone()).collect();
         let repairs = self.asked.apply.then(|| {
+            let term = &self.term;
             let (client, name) = (&self.target.tables, table.name_in(&self.target.label));
             Repairs {
-                writer: Arc::new(Writer::new(
-                    client.clone(),
-                    name,
-                    &table.name,
-                    Arc::clone(&budget),
-                    config.dead_letters.max_attempts,
-                    pair.key.clone(),
-                )),
+                writer: Arc::new(
+                    Writer::new(
+                        client.clone(),
+                        name,
+                        &table.name,
+                        Arc::clone(&budget),
+                        config.dead_letters.max_attempts,
+                        pair.key.clone(),
+                    )
+                    .within_term(Arc::clone(term)),
+                ),
                 heard_by: None,
-                conditional: Conditional::new(client.clone(), name, key_names.clone(), budget),
+                conditional: Conditional::new(client.clone(), name, key_names.clone(), budget)
+                    .within_term(Arc::clone(term)),
                 max_deletes: self
                     .asked
                     .max_deletes

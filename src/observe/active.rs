@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::whereabouts::{CONFLICT, Known, Whereabouts};
+use super::whereabouts::{Known, Whereabouts};
+use crate::lease::row::state::CONFLICT;
 
 /// Load balancers cut a connection that is silent for a minute.
 const WAIT_MAX: Duration = Duration::from_secs(55);

@@ -2,7 +2,7 @@
 //! `/region` are [`active`](super::active)'s.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -29,8 +29,23 @@ pub trait Show: Send + Sync {
     fn before_metrics(&self);
 }
 
-/// Where a worker puts itself once it is put together.
-pub type Stage = Arc<OnceLock<Arc<dyn Show>>>;
+/// Where a worker puts what it shows, anew with each role.
+#[derive(Clone, Default)]
+pub struct Stage(Arc<RwLock<Option<Arc<dyn Show>>>>);
+
+impl Stage {
+    /// From now on `show` is shown.
+    pub fn put(&self, show: Arc<dyn Show>) {
+        // Nothing can be left half changed.
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(show);
+    }
+
+    /// What is shown now; `None` before the first role.
+    fn get(&self) -> Option<Arc<dyn Show>> {
+        let shown = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        shown.clone()
+    }
+}
 
 #[derive(Clone)]
 struct Shared {

@@ -19,11 +19,7 @@ use crate::config::Config;
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::uptime;
-
-/// State of a control record while no change of the active region is under way.
-pub const STEADY: &str = "steady";
-/// State while two records of one epoch name different regions.
-pub const CONFLICT: &str = "conflict";
+use crate::lease::row::state::{CONFLICT, STEADY};
 
 /// In these states the active region may be written to: the fence of its epoch is complete. In every
 /// other, known or not, an old flow may still write there, writes are asked to wait, or nobody knows who

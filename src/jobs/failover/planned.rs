@@ -1,0 +1,350 @@
+//! A planned switchover: everything is applied, and seen to be, before the epoch changes.
+//!
+//! ```text
+//!   caught up ─▶ closing: writes should wait ─▶ quiet: every shard read to its end, a while after
+//!      │                     │                          the last change ─▶ the epoch changes
+//!      └─ not within the time └─ not within the time: steady again, nothing has changed
+//! ```
+//!
+//! An application that heeds the record (through `/active`, or by itself) loses no write: what it wrote
+//! before it was asked to wait is applied, and it writes again where the new active region is. One that
+//! writes on is never quiet, and the switchover is given up.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use super::survey::failed;
+use super::{Ended, LOOK_EVERY, Survey, Watcher, step};
+use crate::config::Config;
+use crate::dynamo::RegionClients;
+use crate::dynamo::clock::rfc3339;
+use crate::error::{Failure, Fault};
+use crate::lease::doubts::until_ms;
+use crate::lease::row::{ControlRow, Row, ShardRow, state};
+use crate::lease::table::Written;
+use crate::mutation::crash;
+use crate::stream::reader::{PAGE_RECORDS_MAX, ShardReader};
+
+/// Applied so far behind, it counts as caught up: the rest comes while writes wait.
+const CAUGHT_UP_MS: i64 = 10_000;
+/// How long after the last change everything has to be read once more without finding any: the clocks of
+/// this host and of a worker's are known to two seconds, and a write that was answered may be shown a
+/// little later. What came later still is looked for after the fence.
+const QUIET_MS: i64 = 2_000;
+/// Consecutive empty pages after which a shard counts as holding nothing more.
+const EMPTY_PAGES_PROVE: u32 = 5;
+const EMPTY_PAUSE: Duration = Duration::from_millis(100);
+/// More records than this are not counted.
+const LEFT_MAX: usize = 10_000;
+/// The record asks writes to wait for so much longer than the switchover may take, and for a lease: clocks
+/// are known to two seconds.
+const CLOSING_SLACK: Duration = Duration::from_secs(4);
+
+/// Where the shards of a group stand. Pure: rows in, decisions out.
+#[derive(Debug, Default)]
+pub struct Standings {
+    checkpoints: BTreeMap<String, String>,
+    /// When a checkpoint was last seen to move, or a shard to come or go, by the source's clock.
+    changed_ms: i64,
+}
+
+/// How near everything is to being applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Near {
+    /// Some shard is behind by this much, in milliseconds, or by nobody knows how much.
+    Behind(Option<i64>),
+    /// Nothing is left but what changes now.
+    CaughtUp,
+    /// Every shard was read to its end a while after the last change.
+    Quiet,
+}
+
+impl Standings {
+    /// Looks at the open shards of `epoch` at `now_ms` of the source. `since_ms` is when writes were asked
+    /// to wait.
+    pub fn look(&mut self, shards: &[ShardRow], epoch: u64, now_ms: i64, since_ms: i64) -> Near {
+        let of_epoch = shards.iter().filter(|row| row.epoch == epoch);
+        let checkpoints: BTreeMap<String, String> = of_epoch
+            .clone()
+            .map(|row| (row.lease_key.clone(), row.checkpoint.clone()))
+            .collect();
+        if checkpoints != self.checkpoints {
+            self.checkpoints = checkpoints;
+            self.changed_ms = now_ms;
+        }
+        let mut open = of_epoch.filter(|row| !row.is_finished()).peekable();
+        if open.peek().is_none() {
+            return Near::Behind(None);
+        }
+        let mut least = i64::MAX;
+        for row in open {
+            match row.watermark {
+                Some(until) if row.lease_owner.is_some() => least = least.min(until),
+                _ => return Near::Behind(None),
+            }
+        }
+        match now_ms - least {
+            _ if least >= self.changed_ms.max(since_ms) + QUIET_MS => Near::Quiet,
+            behind if behind <= CAUGHT_UP_MS => Near::CaughtUp,
+            behind => Near::Behind(Some(behind)),
+        }
+    }
+}
+
+/// Waits until everything is applied and proven; gives the record that asked writes to wait.
+///
+/// # Errors
+/// [`Ended::GivenUp`] where that takes longer than `within`: then everything is as it was.
+pub async fn prepare(
+    config: &Config,
+    survey: &Survey,
+    (by, reason): (&str, &str),
+    within: Duration,
+    watcher: &mut dyn Watcher,
+    stop: &CancellationToken,
+) -> Result<ControlRow, Ended> {
+    let mut planned = Planned {
+        survey,
+        standings: Standings::default(),
+        deadline: Instant::now() + within,
+        stop,
+    };
+    planned.catch_up(watcher).await?;
+    let closed = planned.close(config, by, reason, within).await?;
+    crash("failover-closed");
+    match planned.settle(&closed, watcher).await {
+        Ok(applied) => Ok(applied),
+        Err(ended) => {
+            // If it cannot be written, its time runs out and a worker writes it.
+            let now = survey.state().control().await;
+            if let Ok(Some(now)) = now
+                && now.state == state::CLOSING
+                && now.epoch == closed.epoch
+            {
+                let _ = survey
+                    .state()
+                    .replace_control(&now.reopened(), Some(&now))
+                    .await;
+            }
+            Err(ended)
+        }
+    }
+}
+
+struct Planned<'a> {
+    survey: &'a Survey,
+    standings: Standings,
+    deadline: Instant,
+    stop: &'a CancellationToken,
+}
+
+impl Planned<'_> {
+    fn failed(&self, fault: &Fault) -> Ended {
+        let survey = self.survey;
+        Ended::Failed(failed(&survey.target, survey.state(), fault))
+    }
+
+    async fn look(&mut self, since_ms: i64) -> Result<Near, Fault> {
+        // The clocks of both regions are the same to two seconds, and quiet is told by the source's own
+        // time in the watermarks.
+        let now_ms = self.survey.target.clock.now_ms();
+        let rows = self.survey.state().rows().await?;
+        let shards: Vec<ShardRow> = rows
+            .into_iter()
+            .filter_map(|row| match row {
+                Row::Shard(row) => Some(row),
+                _ => None,
+            })
+            .collect();
+        let epoch = self.survey.epoch;
+        Ok(self.standings.look(&shards, epoch, now_ms, since_ms))
+    }
+
+    async fn wait(&self) -> Result<(), Ended> {
+        tokio::select! {
+            () = self.stop.cancelled() => Err(Ended::Stopped),
+            () = tokio::time::sleep(LOOK_EVERY) => Ok(()),
+        }
+    }
+
+    async fn catch_up(&mut self, watcher: &mut dyn Watcher) -> Result<(), Ended> {
+        loop {
+            let near = self.look(i64::MAX - QUIET_MS).await;
+            match near.map_err(|fault| self.failed(&fault))? {
+                Near::CaughtUp | Near::Quiet => return Ok(()),
+                Near::Behind(_) if Instant::now() >= self.deadline => {
+                    return Err(Ended::GivenUp(format!(
+                        "not everything was applied to {} within the time: look at `farshore status` there",
+                        self.survey.to
+                    )));
+                }
+                Near::Behind(Some(ms)) => {
+                    watcher.under_way(&format!("catching up, {} s behind", ms / 1_000));
+                }
+                Near::Behind(None) => {
+                    watcher.under_way("waiting for every shard to be read");
+                }
+            }
+            self.wait().await?;
+        }
+    }
+
+    /// Asks writes to wait.
+    async fn close(
+        &self,
+        config: &Config,
+        by: &str,
+        reason: &str,
+        within: Duration,
+    ) -> Result<ControlRow, Ended> {
+        let survey = self.survey;
+        let now_ms = survey.target.clock.now_ms();
+        let known = survey.own.as_ref();
+        let mut row = known.cloned().unwrap_or_else(|| {
+            ControlRow::first(&config.group, &survey.active, by, rfc3339(now_ms))
+        });
+        let longest = within + config.leases.duration + CLOSING_SLACK;
+        state::CLOSING.clone_into(&mut row.state);
+        row.epoch = survey.epoch;
+        row.active.clone_from(&survey.active);
+        by.clone_into(&mut row.by);
+        reason.clone_into(&mut row.reason);
+        row.at = rfc3339(now_ms);
+        row.closing_until = Some(until_ms(now_ms, longest));
+        row.steps.clear();
+        row.note(step::CLOSED, now_ms, "");
+        row.lease_counter += 1;
+        match survey.state().replace_control(&row, known).await {
+            Ok(Written::Yes) => Ok(row),
+            Ok(Written::Refused) => Err(Ended::Overtaken(Failure::new(
+                "The control record was written by somebody else at the same moment",
+                "Another failover or switchover is at work, or was",
+                "Look at `farshore status`, and ask again if it is still needed",
+            ))),
+            Err(fault) => Err(self.failed(&fault)),
+        }
+    }
+
+    /// Waits until everything is quiet, and notes that.
+    async fn settle(
+        &mut self,
+        closed: &ControlRow,
+        watcher: &mut dyn Watcher,
+    ) -> Result<ControlRow, Ended> {
+        let since_ms = closed.done_ms(step::CLOSED).unwrap_or_default();
+        loop {
+            let near = self.look(since_ms).await;
+            match near.map_err(|fault| self.failed(&fault))? {
+                Near::Quiet => break,
+                _ if Instant::now() >= self.deadline => {
+                    return Err(Ended::GivenUp(format!(
+                        "the tables in {} were written to on and on, although writes were asked to wait: stop the application there first",
+                        self.survey.active
+                    )));
+                }
+                _ => watcher.under_way(&format!(
+                    "writes should wait; waiting until the tables in {} are quiet and everything is applied",
+                    self.survey.active
+                )),
+            }
+            self.wait().await?;
+        }
+        let now_ms = self.survey.target.clock.now_ms();
+        let mut applied = closed.clone();
+        applied.note(step::APPLIED, now_ms, "");
+        applied.lease_counter += 1;
+        let written = self
+            .survey
+            .state()
+            .replace_control(&applied, Some(closed))
+            .await;
+        match written.map_err(|fault| self.failed(&fault))? {
+            Written::Yes => Ok(applied),
+            Written::Refused => Err(Ended::GivenUp(
+                "the control record was written by somebody else meanwhile".to_owned(),
+            )),
+        }
+    }
+}
+
+/// How many records the old active region's streams hold after the positions at which the epoch ended:
+/// writes that came later than everything was seen to be quiet, and that are stranded there now.
+///
+/// # Errors
+/// The fault of the call: then nobody knows.
+pub async fn left_behind(source: &RegionClients, shards: &[ShardRow]) -> Result<usize, Fault> {
+    let mut left = 0;
+    for row in shards.iter().filter(|row| !row.is_finished()) {
+        let Some(position) = row.position() else {
+            continue;
+        };
+        let streams = source.streams.clone();
+        let mut reader = ShardReader::new(streams, &row.stream_arn, &row.shard(), position);
+        let mut empty = 0;
+        while empty < EMPTY_PAGES_PROVE && left < LEFT_MAX {
+            let page = reader.next(PAGE_RECORDS_MAX).await?;
+            left += page.records.len();
+            if page.end {
+                break;
+            }
+            match page.records.is_empty() {
+                true => {
+                    empty += 1;
+                    tokio::time::sleep(EMPTY_PAUSE).await;
+                }
+                false => empty = 0,
+            }
+        }
+    }
+    Ok(left)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::ShardId;
+    use crate::stream::reader::Position;
+
+    fn shard(checkpoint: &str, watermark: Option<i64>) -> ShardRow {
+        let id = ShardId("s".into());
+        let start = Position::TrimHorizon;
+        let mut row = ShardRow::new(1, "t", "arn/stream/l", &id, None, &start, 0);
+        checkpoint.clone_into(&mut row.checkpoint);
+        row.watermark = watermark;
+        row.lease_owner = Some("w.1".into());
+        row
+    }
+
+    #[test]
+    fn quiet_is_a_while_after_the_last_change_and_after_writes_were_asked_to_wait() {
+        let mut standings = Standings::default();
+        let mut look =
+            |row: &ShardRow, now_ms| standings.look(std::slice::from_ref(row), 1, now_ms, 50_000);
+        // The first look is a change.
+        let first = look(&shard("7", Some(59_000)), 60_000);
+        assert_eq!(first, Near::CaughtUp);
+        assert_eq!(look(&shard("7", Some(61_999)), 62_000), Near::CaughtUp);
+        assert_eq!(look(&shard("7", Some(62_000)), 62_500), Near::Quiet);
+        // It moves once more.
+        assert_eq!(look(&shard("8", Some(62_000)), 63_000), Near::CaughtUp);
+        assert_eq!(look(&shard("8", Some(65_000)), 65_500), Near::Quiet);
+    }
+
+    #[test]
+    fn a_shard_that_nobody_reads_is_behind_and_so_is_a_group_without_any() {
+        let mut standings = Standings::default();
+        assert_eq!(standings.look(&[], 1, 0, 0), Near::Behind(None));
+        let unknown = shard("7", None);
+        assert_eq!(standings.look(&[unknown], 1, 0, 0), Near::Behind(None));
+        let mut unowned = shard("7", Some(0));
+        unowned.lease_owner = None;
+        assert_eq!(standings.look(&[unowned], 1, 0, 0), Near::Behind(None));
+        let old = shard("7", Some(0));
+        assert_eq!(
+            standings.look(&[old], 1, 60_000, 0),
+            Near::Behind(Some(60_000))
+        );
+    }
+}

@@ -1,0 +1,417 @@
+//! What is known before a failover: who answers, what the target lacks, what would be lost.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures::future::join_all;
+
+use crate::config::read::Loaded;
+use crate::config::{Config, Table};
+use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
+use crate::dynamo::{RegionClients, Regions};
+use crate::error::{Class, Failure, Fault};
+use crate::lease::control::{Answer, Verdict, decide};
+use crate::lease::row::{
+    ControlRow, DoubtRow, GapRow, JobKind, ReconcileRow, Row, SegmentRow, ShardRow, StreamRow,
+    WorkerRow, comparisons, state,
+};
+use crate::lease::table::StateTable;
+use crate::observe::board::RETENTION_MS;
+use crate::run::start::unusable;
+
+/// Longest wait for a region that need not answer.
+const OTHERS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A region, as far as it answered.
+pub struct RegionSeen {
+    /// Its label.
+    pub label: String,
+    /// Its state table.
+    pub state: StateTable,
+    /// What that said.
+    pub answer: Answer,
+    /// Why it did not answer, where it did not.
+    pub fault: Option<String>,
+}
+
+/// A table in the target, as far as its rows tell.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TableSeen {
+    /// Its name in the configuration.
+    pub name: String,
+    /// Up to which moment of the source all is applied, as far as is known, in milliseconds.
+    pub applied_until_ms: Option<i64>,
+    /// Seconds until the stream forgets the oldest record not applied.
+    pub headroom_s: Option<i64>,
+    /// Open shards.
+    pub shards: usize,
+    /// Open shards that nobody owns.
+    pub unowned: usize,
+    /// Ranges in doubt.
+    pub doubts: usize,
+    /// What is missing in it, by the name that `--accept-loss` takes, with one sentence.
+    pub losses: Vec<(String, String)>,
+    /// Whether it has a stream that the way back, and late writes, could be read from. `None`: not known.
+    pub stream: Option<bool>,
+}
+
+/// What is known before a failover.
+pub struct Survey {
+    /// Label of the target.
+    pub to: String,
+    /// The target.
+    pub target: RegionClients,
+    /// All regions, the target first.
+    pub regions: Vec<RegionSeen>,
+    /// Label of the active region now.
+    pub active: String,
+    /// Number of the epoch now.
+    pub epoch: u64,
+    /// Regions that contradict each other in that epoch.
+    pub rivals: Vec<String>,
+    /// The record in the target's state table.
+    pub own: Option<ControlRow>,
+    /// What the target's state table holds of tables.
+    pub tables: Vec<TableSeen>,
+    /// Processes that feed the target, as their rows say.
+    pub workers: Vec<WorkerRow>,
+    /// What has a name that `--accept-loss` takes and is no table's.
+    pub losses: Vec<(String, String)>,
+}
+
+impl Survey {
+    /// Every record that was seen.
+    pub fn records(&self) -> Vec<ControlRow> {
+        let answers = self.regions.iter().filter_map(|seen| seen.answer.record());
+        answers.cloned().collect()
+    }
+
+    /// The state table of the target.
+    pub fn state(&self) -> &StateTable {
+        // The first one is always there, and it is the target's.
+        &self.regions[0].state
+    }
+
+    /// Everything that is lost, by the name that `--accept-loss` takes.
+    pub fn all_losses(&self) -> Vec<(String, String)> {
+        let of_tables = self.tables.iter().flat_map(|table| table.losses.clone());
+        self.losses.iter().cloned().chain(of_tables).collect()
+    }
+
+    /// Whether a failover to the target has begun and not come to its end.
+    pub fn is_under_way(&self) -> bool {
+        self.own.as_ref().is_some_and(|own| {
+            own.active == self.to
+                && own.epoch == self.epoch
+                && self.rivals.is_empty()
+                && [state::FENCING, state::ACTIONS, state::WATCHING].contains(&own.state.as_str())
+        })
+    }
+}
+
+/// Looks at what a failover to `to` would meet. Writes nothing, and asks other regions only for what need
+/// not be answered.
+///
+/// # Errors
+/// What makes it impossible: an unknown region, one that is active already, no state table there, a
+/// target that does not answer, records that nobody can read.
+pub async fn survey(loaded: &Loaded, regions: &Regions, to: &str) -> Result<Survey, Failure> {
+    let config = &loaded.config;
+    let target = regions.get(to).ok_or_else(|| {
+        let labels: Vec<&str> = config.regions.keys().map(String::as_str).collect();
+        let nearest = labels
+            .iter()
+            .min_by_key(|label| strsim::damerau_levenshtein(label, to));
+        Failure::new(
+            format!("Region {to} is not known"),
+            format!("The configuration has {}", labels.join(", ")),
+            nearest.map_or_else(
+                || "Name one of them".to_owned(),
+                |label| format!("Did you mean `{label}`?"),
+            ),
+        )
+    })?;
+    let regions = ask(config, regions, target).await?;
+    let (active, epoch, rivals) = standing(config, &regions)?;
+    let own = regions[0].answer.record().cloned();
+    let state = &regions[0].state;
+    let rows = state.rows().await;
+    let rows = rows.map_err(|fault| unusable(target, state.name(), &fault))?;
+    let mut survey = Survey {
+        to: to.to_owned(),
+        target: target.clone(),
+        regions,
+        active,
+        epoch,
+        rivals,
+        own,
+        tables: Vec::new(),
+        workers: Vec::new(),
+        losses: Vec::new(),
+    };
+    if survey.active == to && survey.rivals.is_empty() && !survey.is_under_way() {
+        let since = survey.own.as_ref().map_or_else(String::new, |own| {
+            format!(", since {} ({}, {})", own.at, own.by, own.reason)
+        });
+        return Err(Failure::new(
+            format!("{to} is the active region already"),
+            format!("It is so in epoch {}{since}", survey.epoch),
+            "Name the region that is to become active",
+        ));
+    }
+    survey.look_at(config, rows);
+    survey.look_at_streams(config).await;
+    survey.name_losses();
+    Ok(survey)
+}
+
+/// Reads the record of every region; only the target has to answer.
+async fn ask(
+    config: &Config,
+    regions: &Regions,
+    target: &RegionClients,
+) -> Result<Vec<RegionSeen>, Failure> {
+    let name = config.state_table();
+    let others = regions.iter().filter(|region| region.label != target.label);
+    let asked = std::iter::once(target).chain(others).map(async |region| {
+        let is_target = region.label == target.label;
+        let client = match is_target {
+            true => region.tables.clone(),
+            false => region.tables_within(OTHERS_TIMEOUT),
+        };
+        let state = StateTable::new(client, name.clone());
+        let answer = state.control().await;
+        (region, state, answer)
+    });
+    let mut seen = Vec::new();
+    for (region, state, answer) in join_all(asked).await {
+        let (answer, fault) = match answer {
+            Ok(Some(record)) if record.group != config.group => {
+                return Err(Failure::new(
+                    format!(
+                        "The state table {name} in {} belongs to another group",
+                        region.label
+                    ),
+                    format!(
+                        "Its control record says `{}`, this configuration `{}`",
+                        record.group, config.group
+                    ),
+                    "Give this group its own state table with leases.table",
+                ));
+            }
+            Ok(Some(record)) => (Answer::Record(Box::new(record)), None),
+            Ok(None) => (Answer::None, None),
+            Err(fault) if fault.class == Class::NotFound && region.label == target.label => {
+                return Err(Failure::new(
+                    format!("There is no state table {name} in {}", region.label),
+                    "Nothing was ever replicated into it that could be failed over to",
+                    "Create it there with `farshore provision --apply` and let `farshore run` feed it, or name another region",
+                ));
+            }
+            Err(fault) if fault.class == Class::NotFound => (Answer::None, None),
+            // A record that this version cannot read is there all the same, and may say anything.
+            Err(fault) if region.label == target.label || fault.is_unreadable() => {
+                return Err(unusable(region, &name, &fault));
+            }
+            Err(fault) => (Answer::Unreachable, Some(fault.to_string())),
+        };
+        seen.push(RegionSeen {
+            label: region.label.clone(),
+            state,
+            answer,
+            fault,
+        });
+    }
+    Ok(seen)
+}
+
+/// The active region, the epoch, and who contradict each other in it.
+fn standing(
+    config: &Config,
+    regions: &[RegionSeen],
+) -> Result<(String, u64, Vec<String>), Failure> {
+    match decide(regions.iter().map(|seen| &seen.answer)) {
+        Verdict::Decided { active, epoch } => Ok((active, epoch, Vec::new())),
+        Verdict::FromFile => Ok((config.active.clone(), 1, Vec::new())),
+        Verdict::Conflict { epoch, actives } => {
+            let first = actives.first().cloned().unwrap_or_default();
+            Ok((first, epoch, actives))
+        }
+        Verdict::Unknown => Err(Failure::new(
+            "Nobody can say which region is active",
+            "The target has no control record, and not all other regions answered",
+            "Make them reachable, or create the record with `farshore provision --apply` where it is missing",
+        )),
+    }
+}
+
+/// The rows of one state table, sorted.
+#[derive(Default)]
+struct Rows {
+    shards: Vec<ShardRow>,
+    streams: Vec<StreamRow>,
+    gaps: Vec<GapRow>,
+    doubts: Vec<DoubtRow>,
+    plans: Vec<ReconcileRow>,
+    segments: Vec<SegmentRow>,
+}
+
+impl Survey {
+    fn look_at(&mut self, config: &Config, rows: Vec<Row>) {
+        let mut found = Rows::default();
+        for row in rows {
+            match row {
+                Row::Shard(row) => found.shards.push(row),
+                Row::Stream(row) => found.streams.push(row),
+                Row::Gap(row) => found.gaps.push(row),
+                Row::Doubt(row) => found.doubts.push(row),
+                Row::Worker(row) => self.workers.push(row),
+                Row::Reconcile(row) => found.plans.push(row),
+                Row::Segment(row) => found.segments.push(row),
+                _ => {}
+            }
+        }
+        // Of a failover under way, or of two that contradict each other, the epoch before counts.
+        let before = found.shards.iter().map(|row| row.epoch);
+        let before = before.filter(|epoch| *epoch < self.epoch).max();
+        let epoch = match self.is_under_way() || !self.rivals.is_empty() {
+            true => before.unwrap_or(self.epoch),
+            false => self.epoch,
+        };
+        let now_ms = self.target.clock.now_ms();
+        self.tables = config
+            .tables
+            .iter()
+            .map(|table| found.table(table, epoch, now_ms))
+            .collect();
+    }
+
+    async fn look_at_streams(&mut self, config: &Config) {
+        for (seen, table) in self.tables.iter_mut().zip(&config.tables) {
+            let name = table.name_in(&self.target.label);
+            let described = describe(&self.target.tables, name).await;
+            seen.stream = match described {
+                Ok(Some(described)) => {
+                    Some(enabled_stream(&described).is_some_and(|(_, view)| holds_new_images(view)))
+                }
+                Ok(None) => {
+                    let why = format!("there is no table {name} in {}", self.target.label);
+                    seen.losses.push((format!("{}:absent", table.name), why));
+                    None
+                }
+                // It is only good to know.
+                Err(_) => None,
+            };
+        }
+    }
+
+    fn name_losses(&mut self) {
+        if !self.rivals.is_empty() {
+            self.losses.push((
+                "conflict".to_owned(),
+                format!(
+                    "epoch {} names several active regions ({}): what was written in the others is stranded there",
+                    self.epoch,
+                    self.rivals.join(", ")
+                ),
+            ));
+        }
+        let records = self.records();
+        let own = self.own.as_ref();
+        let current = (self.active.as_str(), self.epoch);
+        let part = crate::lease::control::part(&self.to, current, own, &records);
+        if part == crate::lease::control::Part::Quarantined {
+            self.losses.push((
+                "quarantined".to_owned(),
+                format!(
+                    "{} was active before and is in quarantine: it lacks what was written in {} since",
+                    self.to, self.active
+                ),
+            ));
+        }
+    }
+}
+
+impl Rows {
+    fn table(&self, table: &Table, epoch: u64, now_ms: i64) -> TableSeen {
+        let name = &table.name;
+        let of_table = |row: &&ShardRow| row.epoch == epoch && row.table == *name;
+        let open: Vec<&ShardRow> = self
+            .shards
+            .iter()
+            .filter(of_table)
+            .filter(|row| !row.is_finished())
+            .collect();
+        // One of which nothing is known makes nothing known.
+        let watermarks: Option<Vec<i64>> = open.iter().map(|row| row.watermark).collect();
+        let applied_until_ms = watermarks.and_then(|all| all.into_iter().min());
+        let mut seen = TableSeen {
+            name: name.clone(),
+            applied_until_ms,
+            headroom_s: applied_until_ms.map(|ms| (ms + RETENTION_MS - now_ms).max(0) / 1_000),
+            shards: open.len(),
+            unowned: open.iter().filter(|row| row.lease_owner.is_none()).count(),
+            doubts: self
+                .doubts
+                .iter()
+                .filter(|row| row.epoch == epoch && row.table == *name)
+                .count(),
+            ..TableSeen::default()
+        };
+        self.losses_of(name, epoch, now_ms, &mut seen);
+        seen
+    }
+
+    fn losses_of(&self, name: &str, epoch: u64, now_ms: i64, seen: &mut TableSeen) {
+        let mut streams = self.streams.iter();
+        if !streams.any(|row| row.is_of(epoch, name) && row.initialised) {
+            seen.losses.push((
+                format!("{name}:not-followed"),
+                "no worker has begun to replicate it in this epoch".to_owned(),
+            ));
+        }
+        let mut gaps = BTreeSet::new();
+        for gap in self.gaps.iter().filter(|gap| gap.table == name) {
+            if gaps.insert(gap.reason) {
+                seen.losses.push((
+                    format!("{name}:gap-{}", gap.reason.label()),
+                    format!("records were never applied, noticed at {}", gap.at),
+                ));
+            }
+        }
+        for job in comparisons(&self.plans, &self.segments) {
+            let plan = job.plan;
+            if plan.table != name || plan.epoch != epoch {
+                continue;
+            }
+            match plan.kind() {
+                JobKind::Bootstrap => seen.losses.push((
+                    format!("{name}:copying"),
+                    "its first copy has not come to its end, or the stream has not passed that"
+                        .to_owned(),
+                )),
+                JobKind::Asked if job.is_unfinished(epoch, now_ms) => seen.losses.push((
+                    format!("{name}:reconcile-unfinished"),
+                    format!("the repair {} did not come to its end", plan.job),
+                )),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The names of `losses` that `accepted` lacks.
+pub fn unaccepted<'a>(
+    losses: &'a [(String, String)],
+    accepted: &[String],
+) -> Vec<&'a (String, String)> {
+    losses
+        .iter()
+        .filter(|(name, _)| !accepted.contains(name))
+        .collect()
+}
+
+/// A call to the target failed.
+pub(super) fn failed(target: &RegionClients, state: &StateTable, fault: &Fault) -> Failure {
+    unusable(target, state.name(), fault)
+}
