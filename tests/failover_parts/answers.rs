@@ -1,7 +1,7 @@
 //! The answers of the command.
 
 use crate::common::eventually;
-use crate::failover_support::{A, B, Group, LABELS, command};
+use crate::failover_support::{A, B, Group, LABELS, Row, command};
 use crate::{PATIENCE, fail_over};
 
 /// The form of an answer: every path in it, with the kind of its value.
@@ -41,8 +41,17 @@ async fn the_answers_of_failover_have_the_documented_form() {
     group.put(A, "k", 1).await;
     group.converge(A, B, 1).await;
     let stored = async || {
-        let rows = group.rows_of(B, "shard").await;
-        rows.iter().all(|row| row.contains_key("watermark"))
+        let (rows, streams) = (
+            group.rows_of(B, "shard").await,
+            group.rows_of(B, "stream").await,
+        );
+        let is_settled = |row: &Row| {
+            row.get("settled")
+                .is_some_and(|flag| flag.as_bool() == Ok(&true))
+        };
+        rows.iter()
+            .all(|row| row.contains_key("watermark") && row.contains_key("provenUntil"))
+            && streams.iter().all(is_settled)
     };
     eventually("how far it came is stored", PATIENCE, stored).await;
     worker.kill();

@@ -15,6 +15,9 @@ use crate::error::{Exit, Failure};
 use crate::jobs::failover::ttl::Ttl;
 use crate::jobs::failover::{Acted, RegionSeen, Report, Survey, TableSeen, step, unaccepted};
 use crate::lease::control::Answer;
+use crate::observe::headline::span;
+use crate::observe::history::rounded;
+use crate::observe::recovery::Age;
 
 /// How many letters of a queue are looked at.
 const LOOK_MAX: u64 = 1_000;
@@ -102,7 +105,9 @@ pub(super) async fn plan(
             "epoch": survey.epoch,
             "underWay": survey.is_under_way(),
             "regions": survey.regions.iter().map(region_json).collect::<Vec<_>>(),
-            "tables": survey.tables.iter().map(|table| table_json(table, survey)).collect::<Vec<_>>(),
+            "tables": survey.tables.iter().map(table_json).collect::<Vec<_>>(),
+            "recoveryPoint": age_json(survey.age()),
+            "mayLoseSeconds": survey.age().proven_s.map(rounded),
             "workers": survey.workers.len(),
             "deadLetters": letters,
             "losses": losses.iter().map(|(name, why)| json!({
@@ -120,7 +125,8 @@ pub(super) async fn plan(
         survey.active, survey.epoch, survey.to
     )];
     lines.extend(survey.regions.iter().map(region_line));
-    lines.extend(survey.tables.iter().map(|table| table_line(table, survey)));
+    lines.push(format!("  {}", loss_line(survey)));
+    lines.extend(survey.tables.iter().map(table_line));
     lines.push(match letters {
         Some(0) => "  dead letters: none".to_owned(),
         Some(waiting) => {
@@ -189,22 +195,37 @@ fn region_json(seen: &RegionSeen) -> Value {
     })
 }
 
-/// How old the recovery point is, in seconds.
-fn age_s(table: &TableSeen, survey: &Survey) -> Option<i64> {
-    let now_ms = survey.target.clock.now_ms();
-    table
-        .applied_until_ms
-        .map(|ms| (now_ms - ms).max(0) / 1_000)
+/// What may be lost at worst, of the group.
+fn loss_line(survey: &Survey) -> String {
+    let Age {
+        proven_s,
+        estimated_s,
+    } = survey.age();
+    match (proven_s, estimated_s) {
+        (Some(proven), Some(estimated)) => format!(
+            "recovery point: {} old proven, {} estimated; lost are at worst the writes of the last {}",
+            span(proven),
+            span(estimated),
+            span(proven)
+        ),
+        (None, Some(estimated)) => format!(
+            "recovery point: not proven, {} old estimated; what may be lost at worst is not known",
+            span(estimated)
+        ),
+        _ => "recovery point: not known; what may be lost at worst is not known".to_owned(),
+    }
 }
 
-fn table_line(table: &TableSeen, survey: &Survey) -> String {
-    let applied = match (table.applied_until_ms, age_s(table, survey)) {
-        (Some(ms), Some(age)) => format!(
-            "everything until {} is applied, {age} s ago: what came after may be missing",
-            rfc3339(ms)
-        ),
-        _ => "up to when everything is applied is not known: anything may be missing".to_owned(),
+fn table_line(table: &TableSeen) -> String {
+    let until = |ms: Option<i64>, age_s: Option<f64>| match (ms, age_s) {
+        (Some(ms), Some(age_s)) => format!("until {} ({} ago)", rfc3339(ms), span(age_s)),
+        _ => "until nobody knows when".to_owned(),
     };
+    let applied = format!(
+        "all is applied, proven {}, estimated {}",
+        until(table.moments.proven_ms, table.age.proven_s),
+        until(table.moments.estimated_ms, table.age.estimated_s)
+    );
     let headroom = table.headroom_s.map_or_else(String::new, |seconds| {
         format!(
             "; the stream remembers what waits for {} h {} min",
@@ -228,11 +249,19 @@ fn table_line(table: &TableSeen, survey: &Survey) -> String {
     )
 }
 
-fn table_json(table: &TableSeen, survey: &Survey) -> Value {
+fn age_json(age: Age) -> Value {
+    json!({
+        "provenSeconds": age.proven_s.map(rounded),
+        "estimatedSeconds": age.estimated_s.map(rounded),
+    })
+}
+
+fn table_json(table: &TableSeen) -> Value {
     json!({
         "table": table.name,
-        "appliedUntil": table.applied_until_ms.map(rfc3339),
-        "mayLoseSeconds": age_s(table, survey),
+        "recoveryPoint": age_json(table.age),
+        "provenUntil": table.moments.proven_ms.map(rfc3339),
+        "estimatedUntil": table.moments.estimated_ms.map(rfc3339),
         "headroomSeconds": table.headroom_s,
         "openShards": table.shards,
         "unownedShards": table.unowned,

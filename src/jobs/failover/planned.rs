@@ -22,9 +22,12 @@ use crate::dynamo::RegionClients;
 use crate::dynamo::clock::rfc3339;
 use crate::error::{Failure, Fault};
 use crate::lease::doubts::until_ms;
-use crate::lease::row::{ControlRow, Row, ShardRow, state};
+use crate::lease::row::{ControlRow, ShardRow, state};
 use crate::lease::table::Written;
 use crate::mutation::crash;
+use crate::observe::liveness::Limits;
+use crate::observe::recovery::{Ground, Live, of_tables};
+use crate::run::rows::Snapshot;
 use crate::stream::reader::{PAGE_RECORDS_MAX, ShardReader};
 
 /// Applied so far behind, it counts as caught up: the rest comes while writes wait.
@@ -62,10 +65,11 @@ pub enum Near {
 }
 
 impl Standings {
-    /// Looks at the open shards of `epoch` at `now_ms` of the source. `since_ms` is when writes were asked
-    /// to wait.
-    pub fn look(&mut self, shards: &[ShardRow], epoch: u64, now_ms: i64, since_ms: i64) -> Near {
-        let of_epoch = shards.iter().filter(|row| row.epoch == epoch);
+    /// Looks at the shards of `tables` on this ground. `since_ms` is when writes were asked to wait, by the
+    /// source's clock.
+    pub fn look(&mut self, ground: Ground<'_>, tables: &[&str], since_ms: i64) -> Near {
+        let now_ms = ground.source_ms;
+        let of_epoch = ground.shards.iter().filter(|row| row.epoch == ground.epoch);
         let checkpoints: BTreeMap<String, String> = of_epoch
             .clone()
             .map(|row| (row.lease_key.clone(), row.checkpoint.clone()))
@@ -74,17 +78,19 @@ impl Standings {
             self.checkpoints = checkpoints;
             self.changed_ms = now_ms;
         }
-        let mut open = of_epoch.filter(|row| !row.is_finished()).peekable();
-        if open.peek().is_none() {
+        let mut open = of_epoch.filter(|row| !row.is_finished());
+        if open.any(|row| row.lease_owner.is_none()) {
             return Near::Behind(None);
         }
-        let mut least = i64::MAX;
-        for row in open {
-            match row.watermark {
-                Some(until) if row.lease_owner.is_some() => least = least.min(until),
-                _ => return Near::Behind(None),
-            }
-        }
+        // The recovery point knows of ended shards whose children have no row yet, and of doubts.
+        let moments = of_tables(ground, tables.iter().copied());
+        let estimated: Option<Vec<i64>> = moments
+            .values()
+            .map(|moments| moments.estimated_ms)
+            .collect();
+        let Some(least) = estimated.and_then(|all| all.into_iter().min()) else {
+            return Near::Behind(None);
+        };
         match now_ms - least {
             _ if least >= self.changed_ms.max(since_ms) + QUIET_MS => Near::Quiet,
             behind if behind <= CAUGHT_UP_MS => Near::CaughtUp,
@@ -106,13 +112,14 @@ pub async fn prepare(
     stop: &CancellationToken,
 ) -> Result<ControlRow, Ended> {
     let mut planned = Planned {
+        config,
         survey,
         standings: Standings::default(),
         deadline: Instant::now() + within,
         stop,
     };
     planned.catch_up(watcher).await?;
-    let closed = planned.close(config, by, reason, within).await?;
+    let closed = planned.close(by, reason, within).await?;
     crash("failover-closed");
     match planned.settle(&closed, watcher).await {
         Ok(applied) => Ok(applied),
@@ -134,6 +141,7 @@ pub async fn prepare(
 }
 
 struct Planned<'a> {
+    config: &'a Config,
     survey: &'a Survey,
     standings: Standings,
     deadline: Instant,
@@ -150,16 +158,24 @@ impl Planned<'_> {
         // The clocks of both regions are the same to two seconds, and quiet is told by the source's own
         // time in the watermarks.
         let now_ms = self.survey.target.clock.now_ms();
-        let rows = self.survey.state().rows().await?;
-        let shards: Vec<ShardRow> = rows
-            .into_iter()
-            .filter_map(|row| match row {
-                Row::Shard(row) => Some(row),
-                _ => None,
-            })
-            .collect();
-        let epoch = self.survey.epoch;
-        Ok(self.standings.look(&shards, epoch, now_ms, since_ms))
+        let rows = Snapshot::of(self.survey.state().rows().await?);
+        let limit = Limits::of(self.config).listing.as_millis();
+        let ground = Ground {
+            epoch: self.survey.epoch,
+            shards: &rows.shards,
+            streams: &rows.streams,
+            // Whoever comes this far has accepted gaps and copies that are not done.
+            gaps: &[],
+            jobs: &[],
+            doubts: &rows.doubts,
+            live: &Live::new(),
+            source_ms: now_ms,
+            replica_ms: now_ms,
+            listing_limit_ms: i64::try_from(limit).unwrap_or(i64::MAX),
+        };
+        let tables = self.config.tables.iter().map(|table| table.name.as_str());
+        let tables: Vec<&str> = tables.collect();
+        Ok(self.standings.look(ground, &tables, since_ms))
     }
 
     async fn wait(&self) -> Result<(), Ended> {
@@ -192,20 +208,14 @@ impl Planned<'_> {
     }
 
     /// Asks writes to wait.
-    async fn close(
-        &self,
-        config: &Config,
-        by: &str,
-        reason: &str,
-        within: Duration,
-    ) -> Result<ControlRow, Ended> {
+    async fn close(&self, by: &str, reason: &str, within: Duration) -> Result<ControlRow, Ended> {
         let survey = self.survey;
         let now_ms = survey.target.clock.now_ms();
         let known = survey.own.as_ref();
         let mut row = known.cloned().unwrap_or_else(|| {
-            ControlRow::first(&config.group, &survey.active, by, rfc3339(now_ms))
+            ControlRow::first(&self.config.group, &survey.active, by, rfc3339(now_ms))
         });
-        let longest = within + config.leases.duration + CLOSING_SLACK;
+        let longest = within + self.config.leases.duration + CLOSING_SLACK;
         state::CLOSING.clone_into(&mut row.state);
         row.epoch = survey.epoch;
         row.active.clone_from(&survey.active);
@@ -304,47 +314,107 @@ pub async fn left_behind(source: &RegionClients, shards: &[ShardRow]) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::row::{DoubtCause, DoubtRow, FORMAT_VERSION, SHARD_END, StreamRow};
     use crate::stream::ShardId;
     use crate::stream::reader::Position;
 
-    fn shard(checkpoint: &str, watermark: Option<i64>) -> ShardRow {
-        let id = ShardId("s".into());
+    const ARN: &str = "arn/stream/l";
+
+    fn stream() -> StreamRow {
+        StreamRow {
+            lease_key: StreamRow::key(1, "t", ARN),
+            entity_type: "stream".to_owned(),
+            format_version: FORMAT_VERSION,
+            table: "t".to_owned(),
+            stream_arn: ARN.to_owned(),
+            table_id: None,
+            start_timestamp: None,
+            initialised: true,
+            finished: false,
+            begun_at: Some(0),
+            settled: true,
+        }
+    }
+
+    fn shard(id: &str, checkpoint: &str, watermark: Option<i64>) -> ShardRow {
         let start = Position::TrimHorizon;
-        let mut row = ShardRow::new(1, "t", "arn/stream/l", &id, None, &start, 0);
+        let mut row = ShardRow::new(1, "t", ARN, &ShardId(id.into()), None, &start, 0);
         checkpoint.clone_into(&mut row.checkpoint);
         row.watermark = watermark;
         row.lease_owner = Some("w.1".into());
         row
     }
 
+    fn look(
+        standings: &mut Standings,
+        (shards, doubts): (&[ShardRow], &[DoubtRow]),
+        now_ms: i64,
+        since_ms: i64,
+    ) -> Near {
+        let ground = Ground {
+            epoch: 1,
+            shards,
+            streams: &[stream()],
+            gaps: &[],
+            doubts,
+            jobs: &[],
+            live: &Live::new(),
+            source_ms: now_ms,
+            replica_ms: now_ms,
+            listing_limit_ms: 30_000,
+        };
+        standings.look(ground, &["t"], since_ms)
+    }
+
     #[test]
     fn quiet_is_a_while_after_the_last_change_and_after_writes_were_asked_to_wait() {
         let mut standings = Standings::default();
-        let mut look =
-            |row: &ShardRow, now_ms| standings.look(std::slice::from_ref(row), 1, now_ms, 50_000);
+        let mut at = |checkpoint: &str, watermark, now_ms| {
+            let row = shard("s", checkpoint, Some(watermark));
+            look(&mut standings, (&[row], &[]), now_ms, 50_000)
+        };
         // The first look is a change.
-        let first = look(&shard("7", Some(59_000)), 60_000);
-        assert_eq!(first, Near::CaughtUp);
-        assert_eq!(look(&shard("7", Some(61_999)), 62_000), Near::CaughtUp);
-        assert_eq!(look(&shard("7", Some(62_000)), 62_500), Near::Quiet);
+        assert_eq!(at("7", 59_000, 60_000), Near::CaughtUp);
+        assert_eq!(at("7", 61_999, 62_000), Near::CaughtUp);
+        assert_eq!(at("7", 62_000, 62_500), Near::Quiet);
         // It moves once more.
-        assert_eq!(look(&shard("8", Some(62_000)), 63_000), Near::CaughtUp);
-        assert_eq!(look(&shard("8", Some(65_000)), 65_500), Near::Quiet);
+        assert_eq!(at("8", 62_000, 63_000), Near::CaughtUp);
+        assert_eq!(at("8", 65_000, 65_500), Near::Quiet);
     }
 
     #[test]
     fn a_shard_that_nobody_reads_is_behind_and_so_is_a_group_without_any() {
         let mut standings = Standings::default();
-        assert_eq!(standings.look(&[], 1, 0, 0), Near::Behind(None));
-        let unknown = shard("7", None);
-        assert_eq!(standings.look(&[unknown], 1, 0, 0), Near::Behind(None));
-        let mut unowned = shard("7", Some(0));
+        let mut at = |shards: &[ShardRow], now_ms| look(&mut standings, (shards, &[]), now_ms, 0);
+        assert_eq!(at(&[], 0), Near::Behind(None));
+        assert_eq!(at(&[shard("s", "7", None)], 0), Near::Behind(None));
+        let mut unowned = shard("s", "7", Some(0));
         unowned.lease_owner = None;
-        assert_eq!(standings.look(&[unowned], 1, 0, 0), Near::Behind(None));
-        let old = shard("7", Some(0));
-        assert_eq!(
-            standings.look(&[old], 1, 60_000, 0),
-            Near::Behind(Some(60_000))
-        );
+        assert_eq!(at(&[unowned], 0), Near::Behind(None));
+        let old = shard("s", "7", Some(0));
+        assert_eq!(at(&[old], 60_000), Near::Behind(Some(60_000)));
+    }
+
+    #[test]
+    fn an_ended_shard_whose_child_has_no_row_and_a_doubt_are_never_quiet() {
+        let mut standings = Standings::default();
+        let open = shard("s", "7", Some(62_000));
+        let mut ended = shard("p", SHARD_END, Some(1_000));
+        ended.finished_at = Some(60_000);
+        let both = [open.clone(), ended.clone()];
+        assert_ne!(look(&mut standings, (&both, &[]), 60_000, 0), Near::Quiet);
+        let behind = look(&mut standings, (&both, &[]), 63_000, 0);
+        assert_eq!(behind, Near::Behind(Some(62_000)));
+        // Its child is the open one.
+        ended.child_shard_ids = vec!["s".into()];
+        ended.children_listed = true;
+        let both = [open, ended];
+        assert_eq!(look(&mut standings, (&both, &[]), 63_000, 0), Near::Quiet);
+        let (id, start) = (ShardId("s".into()), Position::TrimHorizon);
+        let cause = DoubtCause::Unanswered;
+        let mut doubt = DoubtRow::new(1, "t", ARN, &id, cause, &start, 0, String::new());
+        doubt.applied_until = Some(5_000);
+        let doubted = look(&mut standings, (&both, &[doubt]), 63_000, 0);
+        assert_eq!(doubted, Near::Behind(Some(58_000)));
     }
 }

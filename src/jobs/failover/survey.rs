@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::future::join_all;
 
+use crate::config::Config;
 use crate::config::read::Loaded;
-use crate::config::{Config, Table};
 use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault};
@@ -17,6 +17,9 @@ use crate::lease::row::{
 };
 use crate::lease::table::StateTable;
 use crate::observe::board::RETENTION_MS;
+use crate::observe::liveness::Limits;
+use crate::observe::recovery::{Age, Ground, Live, Moments, of_tables};
+use crate::run::proven::heard;
 use crate::run::start::unusable;
 
 /// Longest wait for a region that need not answer.
@@ -39,9 +42,11 @@ pub struct RegionSeen {
 pub struct TableSeen {
     /// Its name in the configuration.
     pub name: String,
-    /// Up to which moment of the source all is applied, as far as is known, in milliseconds.
-    pub applied_until_ms: Option<i64>,
-    /// Seconds until the stream forgets the oldest record not applied.
+    /// Its recovery point: before which moments of the source everything is known to be applied.
+    pub moments: Moments,
+    /// How old that is: what may be lost.
+    pub age: Age,
+    /// Seconds until the stream forgets the oldest position not known to be applied.
     pub headroom_s: Option<i64>,
     /// Open shards.
     pub shards: usize,
@@ -92,6 +97,19 @@ impl Survey {
         &self.regions[0].state
     }
 
+    /// How old the recovery point of the group is, the worst of its tables.
+    pub fn age(&self) -> Age {
+        let ages = self.tables.iter().map(|table| table.age);
+        let worst = |of: fn(&Age) -> Option<f64>| {
+            let all: Option<Vec<f64>> = ages.clone().map(|age| of(&age)).collect();
+            all.and_then(|all| all.into_iter().reduce(f64::max))
+        };
+        Age {
+            proven_s: worst(|age| age.proven_s),
+            estimated_s: worst(|age| age.estimated_s),
+        }
+    }
+
     /// Everything that is lost, by the name that `--accept-loss` takes.
     pub fn all_losses(&self) -> Vec<(String, String)> {
         let of_tables = self.tables.iter().flat_map(|table| table.losses.clone());
@@ -131,6 +149,7 @@ pub async fn survey(loaded: &Loaded, regions: &Regions, to: &str) -> Result<Surv
             ),
         )
     })?;
+    let all = regions;
     let regions = ask(config, regions, target).await?;
     let (active, epoch, rivals) = standing(config, &regions)?;
     let own = regions[0].answer.record().cloned();
@@ -159,7 +178,7 @@ pub async fn survey(loaded: &Loaded, regions: &Regions, to: &str) -> Result<Surv
             "Name the region that is to become active",
         ));
     }
-    survey.look_at(config, rows);
+    survey.look_at(config, all, rows);
     survey.look_at_streams(config).await;
     survey.name_losses();
     Ok(survey)
@@ -257,7 +276,7 @@ struct Rows {
 }
 
 impl Survey {
-    fn look_at(&mut self, config: &Config, rows: Vec<Row>) {
+    fn look_at(&mut self, config: &Config, regions: &Regions, rows: Vec<Row>) {
         let mut found = Rows::default();
         for row in rows {
             match row {
@@ -278,29 +297,65 @@ impl Survey {
             true => before.unwrap_or(self.epoch),
             false => self.epoch,
         };
-        let now_ms = self.target.clock.now_ms();
-        self.tables = config
-            .tables
-            .iter()
-            .map(|table| found.table(table, epoch, now_ms))
+        let source = regions
+            .get(&self.active)
+            .map(|source| source.clock.reading());
+        let (clock, _) = heard(source.flatten(), self.target.clock.reading());
+        let replica_ms = self.target.clock.now_ms();
+        let jobs = comparisons(&found.plans, &found.segments);
+        let limit = Limits::of(config).listing.as_millis();
+        let ground = Ground {
+            epoch,
+            shards: &found.shards,
+            streams: &found.streams,
+            gaps: &found.gaps,
+            doubts: &found.doubts,
+            jobs: &jobs,
+            // What the workers have in memory only would die with them.
+            live: &Live::new(),
+            source_ms: clock.now_ms,
+            replica_ms,
+            listing_limit_ms: i64::try_from(limit).unwrap_or(i64::MAX),
+        };
+        let names = config.tables.iter().map(|table| table.name.as_str());
+        self.tables = of_tables(ground, names)
+            .into_iter()
+            .map(|(name, moments)| {
+                let mut seen = found.table(name, epoch, (clock.now_ms, replica_ms));
+                (seen.moments, seen.age) = (moments, moments.age(clock));
+                seen
+            })
             .collect();
     }
 
+    /// Whether the tables are there, and have a stream. It is good to know, and nobody waits for it longer
+    /// than a moment: what says so is no data plane, and may be down with the other region.
     async fn look_at_streams(&mut self, config: &Config) {
-        for (seen, table) in self.tables.iter_mut().zip(&config.tables) {
-            let name = table.name_in(&self.target.label);
-            let described = describe(&self.target.tables, name).await;
+        let client = &self.target.tables;
+        let label = &self.target.label;
+        let names: Vec<String> = (self.tables.iter())
+            .map(|seen| {
+                let table = config.tables.iter().find(|table| table.name == seen.name);
+                table
+                    .map_or(seen.name.as_str(), |table| table.name_in(label))
+                    .to_owned()
+            })
+            .collect();
+        let asked = names
+            .iter()
+            .map(async |name| tokio::time::timeout(OTHERS_TIMEOUT, describe(client, name)).await);
+        let described = join_all(asked).await;
+        for ((seen, name), described) in self.tables.iter_mut().zip(&names).zip(described) {
             seen.stream = match described {
-                Ok(Some(described)) => {
+                Ok(Ok(Some(described))) => {
                     Some(enabled_stream(&described).is_some_and(|(_, view)| holds_new_images(view)))
                 }
-                Ok(None) => {
-                    let why = format!("there is no table {name} in {}", self.target.label);
-                    seen.losses.push((format!("{}:absent", table.name), why));
+                Ok(Ok(None)) => {
+                    let why = format!("there is no table {name} in {label}");
+                    seen.losses.push((format!("{}:absent", seen.name), why));
                     None
                 }
-                // It is only good to know.
-                Err(_) => None,
+                Ok(Err(_)) | Err(_) => None,
             };
         }
     }
@@ -333,8 +388,8 @@ impl Survey {
 }
 
 impl Rows {
-    fn table(&self, table: &Table, epoch: u64, now_ms: i64) -> TableSeen {
-        let name = &table.name;
+    /// What the rows tell of a table at this time, by the source's clock and by the target's.
+    fn table(&self, name: &str, epoch: u64, (source_ms, now_ms): (i64, i64)) -> TableSeen {
         let of_table = |row: &&ShardRow| row.epoch == epoch && row.table == *name;
         let open: Vec<&ShardRow> = self
             .shards
@@ -342,13 +397,10 @@ impl Rows {
             .filter(of_table)
             .filter(|row| !row.is_finished())
             .collect();
-        // One of which nothing is known makes nothing known.
-        let watermarks: Option<Vec<i64>> = open.iter().map(|row| row.watermark).collect();
-        let applied_until_ms = watermarks.and_then(|all| all.into_iter().min());
+        let oldest_ms = open.iter().map(|row| row.proven_ms()).min();
         let mut seen = TableSeen {
-            name: name.clone(),
-            applied_until_ms,
-            headroom_s: applied_until_ms.map(|ms| (ms + RETENTION_MS - now_ms).max(0) / 1_000),
+            name: name.to_owned(),
+            headroom_s: oldest_ms.map(|ms| (ms + RETENTION_MS - source_ms).max(0) / 1_000),
             shards: open.len(),
             unowned: open.iter().filter(|row| row.lease_owner.is_none()).count(),
             doubts: self
