@@ -183,6 +183,14 @@ async fn feed_until(
     let grace = config.worker.shutdown_grace;
     let owner = owner();
     let term = Term::new(feed.epoch, config.leases.duration, feed.begun);
+    for (region, record) in &feed.records {
+        records.note(region, record.clone());
+    }
+    // Before anything is written in a later epoch: a worker that starts anew while nobody else answers must
+    // not go back to an older one.
+    if feed.epoch > 1 && !records.adopt_patiently(stop).await {
+        return Fed::Stopped(Exit::Done);
+    }
     let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
         writers: writers(&config, &feed, (&term, &budgets)),

@@ -8,7 +8,7 @@ use super::one_shot::Line;
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::error::{Exit, Failure};
-use crate::jobs::failover::planned::prepare;
+use crate::jobs::failover::planned::{prepare, reopen};
 use crate::jobs::failover::ttl;
 use crate::jobs::failover::{Ended, Failover, Survey, Watcher, survey, unaccepted};
 
@@ -68,17 +68,23 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     };
     let by = super::tap::who();
     let switch = async {
-        let known = match args.planned && !survey.is_under_way() {
+        let applied = match args.planned && !survey.is_under_way() {
             true => {
                 let why = (by.as_str(), reason.as_str());
                 let config = &loaded.config;
                 Some(prepare(config, &survey, why, args.within, &mut line, &stop).await?)
             }
-            false => survey.own.clone(),
+            false => None,
         };
         let config = &loaded.config;
-        let failover = Failover::begin(config, &survey, &by, &reason, known, &regions, &stop);
-        let mut failover = failover.await?;
+        let why = (by.as_str(), reason.as_str());
+        let is_closed = applied.is_some();
+        let begun = Failover::begin(config, &survey, why, applied, &regions, &stop).await;
+        if begun.is_err() && is_closed {
+            // The epoch did not change: writes need not wait.
+            reopen(&survey, &by).await;
+        }
+        let mut failover = begun?;
         failover.accepts_unwatched = args.accept_loss.iter().any(|name| name == LATE_WRITES);
         failover.run(&mut line).await
     };

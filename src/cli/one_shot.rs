@@ -15,7 +15,7 @@ use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault};
 use crate::lease::control::{Heed, Part, part};
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::{JobRow, Row, comparison_rows, comparisons};
+use crate::lease::row::{ControlRow, JobRow, Row, comparison_rows, comparisons};
 use crate::lease::rules::{Observer, take_name};
 use crate::lease::table::StateTable;
 use crate::lease::term::Term;
@@ -104,6 +104,12 @@ impl Flow<'_> {
         if let Some(why) = join_all(asked).await.into_iter().flatten().flatten().next() {
             return Ok(Some(Closed::Until(why)));
         }
+        // A region that is to become active says so in its own state table first, and that may be this one.
+        if let Some(other) = self.other
+            && let Some(why) = self.moved(other).await?
+        {
+            return Ok(Some(Closed::Until(why)));
+        }
         self.term.confirm(begun);
         if self.heeds_tap
             && let Some(why) = self.tap_is_closed().await?
@@ -155,11 +161,13 @@ impl Flow<'_> {
         let is_another = |epoch, active: &str| {
             epoch > self.epoch || (epoch == self.epoch && active != self.active)
         };
+        let is_torn =
+            |control: &ControlRow| !control.rivals.is_empty() && control.epoch >= self.epoch;
         let Some(control) = control else {
             return Ok(None);
         };
         let (active, epoch) = (&control.active, control.epoch);
-        if is_another(epoch, active) {
+        if is_another(epoch, active) || is_torn(&control) {
             let why = match control.rivals.is_empty() {
                 true => format!("the active region is {active} since epoch {epoch}"),
                 false => format!("epoch {epoch} names several active regions"),

@@ -153,6 +153,14 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
             return Err(failure);
         }
     };
+    if stored && asked.apply {
+        // A failover that began before the job was stored has not seen it: then its record is there to be
+        // seen.
+        if let Err(failure) = ground.flow(&asked.tables)?.refuse_closed().await {
+            forget(args);
+            return Err(failure);
+        }
+    }
     eprintln!("{}", ground.plan(&pairs).await);
     if stored {
         eprintln!(

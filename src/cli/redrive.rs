@@ -224,6 +224,11 @@ async fn under_hold(
     let named = named(args);
     let flow = flow(loaded, ground, &named, records);
     let hold = hold(flow, ground).await?;
+    // A failover that began before the row was there has not seen it: then its record is there to be seen.
+    if let Err(failure) = flow.refuse_closed().await {
+        let _ = hold.finish().await;
+        return Err(failure);
+    }
     let stop = super::stop_on_signal()?;
     let ended = Mutex::new(None);
     let mut watcher = Progress(Line::new(args.json));
@@ -260,8 +265,9 @@ async fn under_hold(
             "files of older days could not be removed"
         );
     }
-    // A directory hides nothing: the row speaks for the write that may still take effect.
-    if !(report.unanswered > 0 && matches!(ground.dead_letters, Store::Directory(_))) {
+    // The row speaks for the write that may still take effect: to the next redrive of a directory, which
+    // hides nothing, and to a failover.
+    if report.unanswered == 0 {
         // Left behind it would only make the next redrive of a directory wait.
         let _ = hold.finish().await;
     }

@@ -244,7 +244,10 @@ pub fn copy_for(
 ) -> Option<ControlRow> {
     let known = own.is_some_and(|own| {
         let stays = part != Part::Quarantined || own.state == state::QUARANTINED;
-        own.epoch > record.epoch || (own.epoch == record.epoch && stays)
+        // Another failover's record of the same epoch, or the copy that tells of both: overwritten, it
+        // would be a conflict that nobody sees.
+        let contradicts = own.active != record.active || !own.rivals.is_empty();
+        own.epoch > record.epoch || (own.epoch == record.epoch && (stays || contradicts))
     });
     // The record itself, and not a copy.
     if known || record.active == here {
@@ -263,16 +266,21 @@ pub fn copy_for(
     Some(copy)
 }
 
-/// The copy that says that `actives` contradict each other in `epoch`, in place of `own`: without it, who
-/// starts anew while those do not answer would go on with an epoch that is over.
+/// The copy in the state table of `here` that says that `actives` contradict each other in `epoch`, in place
+/// of `own`: without it, who starts anew while those do not answer would go on with an epoch that is over.
 pub fn conflict_copy(
     group: &str,
-    epoch: u64,
-    actives: &[String],
+    here: &str,
+    (epoch, actives): (u64, &[String]),
     own: Option<&ControlRow>,
     at: String,
 ) -> Option<ControlRow> {
-    let known = own.is_some_and(|own| own.epoch >= epoch);
+    let known = own.is_some_and(|own| {
+        let tells = actives.iter().all(|active| own.rivals.contains(active));
+        // The record itself of one of them: nothing is fed there, and it is the only one there is.
+        let is_one = own.active == here && own.rivals.is_empty();
+        own.epoch > epoch || (own.epoch == epoch && (tells || is_one))
+    });
     let first = actives.first().filter(|_| !known)?;
     let mut copy = ControlRow::first(group, first, "farshore", at);
     copy.epoch = epoch;
@@ -301,17 +309,20 @@ pub fn adopted(
             let part = part(here, (&active, epoch), own, seen);
             copy_for(here, part, record, own)
         }
-        Verdict::Conflict { epoch, actives } => conflict_copy(group, epoch, &actives, own, at),
+        Verdict::Conflict { epoch, actives } => {
+            conflict_copy(group, here, (epoch, &actives), own, at)
+        }
         Verdict::FromFile | Verdict::Unknown => None,
     }
 }
 
 /// The record that makes `to` active, after all that was `seen`; `active` and `epoch` are what they say
-/// together. `own` is the record in the state table of `to`, which it replaces.
+/// together. `aside` are regions that contradict each other, or wait in quarantine, whoever says so; `first` is what it
+/// is made of.
 pub fn successor<'a>(
     to: &str,
     (active, epoch): (&str, u64),
-    rivals: &[String],
+    aside: &[String],
     seen: impl IntoIterator<Item = &'a ControlRow>,
     first: ControlRow,
 ) -> ControlRow {
@@ -319,7 +330,7 @@ pub fn successor<'a>(
     let current = seen.iter().filter(|record| record.epoch == epoch);
     let mut quarantined: Vec<String> = current
         .flat_map(|record| record.quarantined.clone())
-        .chain(rivals.iter().cloned())
+        .chain(aside.iter().cloned())
         .chain([active.to_owned()])
         .filter(|label| label != to)
         .collect();

@@ -57,7 +57,7 @@ fn unreachable_is_not_absent() {
 fn a_conflict_outlasts_the_regions_that_made_it() {
     let actives = ["b".to_owned(), "c".to_owned()];
     let own = row(1, "a");
-    let copy = conflict_copy("g", 2, &actives, Some(&own), "now".into()).unwrap();
+    let copy = conflict_copy("g", "a", (2, &actives), Some(&own), "now".into()).unwrap();
     assert_eq!(
         decide(&[Answer::Record(Box::new(copy.clone())), Answer::Unreachable]),
         Verdict::Conflict {
@@ -69,7 +69,33 @@ fn a_conflict_outlasts_the_regions_that_made_it() {
         decide(&[Answer::Record(Box::new(copy)), record(3, "b")]),
         decided("b", 3)
     );
-    assert!(conflict_copy("g", 2, &actives, Some(&row(2, "b")), "now".into()).is_none());
+    let in_place_of = |here: &str, own: &ControlRow| {
+        conflict_copy("g", here, (2, &actives), Some(own), "now".into())
+    };
+    assert!(
+        in_place_of("b", &row(2, "b")).is_none(),
+        "it is the only one there is"
+    );
+    let told =
+        in_place_of("a", &row(2, "b")).expect("a copy of one of them says nothing of the other");
+    assert!(in_place_of("a", &told).is_none());
+}
+
+#[test]
+fn a_record_that_contradicts_is_not_overwritten_by_a_copy_of_the_other() {
+    let record = row(2, "b");
+    let quarantined = |own: &ControlRow| copy_for("c", Part::Quarantined, &record, Some(own));
+    assert!(quarantined(&row(1, "c")).is_some());
+    assert!(
+        quarantined(&row(2, "c")).is_none(),
+        "another failover's own record"
+    );
+    let mut told = row(2, "b");
+    told.rivals = vec!["b".into(), "c".into()];
+    assert!(
+        quarantined(&told).is_none(),
+        "the copy that tells of the conflict"
+    );
 }
 
 fn over(epoch: u64, active: &str) -> Heed {

@@ -61,7 +61,8 @@ async fn active(State(shared): State<Shared>) -> Response {
 }
 
 /// The active region, or 503 where nobody can say. With `?epoch=N&wait=30s` it is answered once the
-/// epoch is another than N, or when the wait is over.
+/// epoch is another than N, or when the wait is over; with `&writable=true` (or `false`) also once it may
+/// be written to no more (or may be).
 async fn region(State(shared): State<Shared>, uri: Uri) -> Response {
     let asked = match Asked::parse(uri.query().unwrap_or_default()) {
         Ok(asked) => asked,
@@ -71,6 +72,7 @@ async fn region(State(shared): State<Shared>, uri: Uri) -> Response {
         }
     };
     if let Some((epoch, wait)) = asked.waits {
+        let known = (epoch, asked.writable);
         let Ok(_place) = shared.whereabouts.waiters().try_acquire_owned() else {
             let body = json!({ "version": 1, "reason": "too many requests wait for a change" });
             let mut full = answer(StatusCode::SERVICE_UNAVAILABLE, body);
@@ -78,18 +80,23 @@ async fn region(State(shared): State<Shared>, uri: Uri) -> Response {
             full.headers_mut().insert(header::RETRY_AFTER, later);
             return full;
         };
-        wait_for_another(&shared, epoch, Instant::now() + wait).await;
+        wait_for_another(&shared, known, Instant::now() + wait).await;
     }
     show_region(&shared.whereabouts)
 }
 
-/// Returns once an epoch other than `epoch` is known, the time is over or the server stops.
-async fn wait_for_another(shared: &Shared, epoch: u64, until: Instant) {
+/// Returns once an epoch other than `epoch` is known, or whether it may be written to is another than
+/// `writable`; or the time is over or the server stops.
+async fn wait_for_another(shared: &Shared, (epoch, writable): (u64, Option<bool>), until: Instant) {
+    let is_another = |known: &Known| {
+        let turned = writable.is_some_and(|writable| writable != known.is_writable());
+        known.epoch != epoch || turned
+    };
     let mut changes = shared.whereabouts.changes();
     while !shared
         .whereabouts
         .now()
-        .is_ok_and(|known| known.epoch != epoch)
+        .is_ok_and(|known| is_another(&known))
     {
         tokio::select! {
             () = changes.next() => {}
@@ -146,11 +153,13 @@ fn answer(status: StatusCode, body: Value) -> Response {
 struct Asked {
     /// The epoch that is known already, and how long to wait for another.
     waits: Option<(u64, Duration)>,
+    /// Whether it may be written to, as it is known already.
+    writable: Option<bool>,
 }
 
 impl Asked {
     fn parse(query: &str) -> Result<Self, String> {
-        let (mut epoch, mut wait) = (None, None);
+        let (mut epoch, mut wait, mut writable) = (None, None, None);
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             match pair.split_once('=').unwrap_or((pair, "")) {
                 ("epoch", text) => {
@@ -162,14 +171,21 @@ impl Asked {
                     let time = time.map_err(|_| "wait is no duration like 30s".to_owned())?;
                     wait = Some(time.min(WAIT_MAX));
                 }
-                _ => return Err("only epoch and wait are known".to_owned()),
+                ("writable", "true") => writable = Some(true),
+                ("writable", "false") => writable = Some(false),
+                ("writable", _) => return Err("writable is true or false".to_owned()),
+                _ => return Err("only epoch, wait and writable are known".to_owned()),
             }
         }
         match (epoch, wait) {
             (Some(epoch), Some(wait)) => Ok(Self {
                 waits: Some((epoch, wait)),
+                writable,
             }),
-            (None, None) => Ok(Self { waits: None }),
+            (None, None) if writable.is_none() => Ok(Self {
+                waits: None,
+                writable,
+            }),
             _ => Err("epoch and wait go together, like ?epoch=7&wait=30s".to_owned()),
         }
     }
@@ -188,7 +204,11 @@ mod tests {
         let second = Duration::from_secs(1);
         assert_eq!(waits("epoch=7&wait=1s"), Ok(Some((7, second))));
         assert_eq!(waits("wait=1h&epoch=7"), Ok(Some((7, WAIT_MAX))));
+        let known = Asked::parse("epoch=7&wait=1s&writable=false").map(|asked| asked.writable);
+        assert_eq!(known, Ok(Some(false)));
         for wrong in [
+            "writable=true",
+            "epoch=7&wait=1s&writable=1",
             "epoch=7",
             "wait=1s",
             "epoch=x&wait=1s",
@@ -202,7 +222,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_query_panics(query in "(epoch|wait|=|&|[0-9]{1,24}|s|m|%|\\PC){0,12}") {
-            if let Ok(Asked { waits: Some((_, wait)) }) = Asked::parse(&query) {
+            if let Ok(Asked { waits: Some((_, wait)), .. }) = Asked::parse(&query) {
                 prop_assert!(wait <= WAIT_MAX);
             }
         }

@@ -39,6 +39,10 @@ pub struct Records {
     own: StateTable,
     others: Vec<(String, StateTable)>,
     seen: Mutex<BTreeMap<String, ControlRow>>,
+    /// When the last reading of another region's record began that told one, by [`uptime`].
+    heard: Mutex<Option<Duration>>,
+    /// The time of the own region: a planned switchover that died asks writes to wait until then.
+    clock: Arc<ServiceClock>,
     whereabouts: Whereabouts,
 }
 
@@ -68,6 +72,8 @@ impl Records {
                 .map(|region| (region.label.clone(), table(region)))
                 .collect(),
             seen: Mutex::default(),
+            heard: Mutex::default(),
+            clock: Arc::clone(&regions.get(here)?.clock),
             whereabouts,
         }))
     }
@@ -134,14 +140,25 @@ impl Records {
             ));
         }
         health.succeeded(Scope::State, "", PART);
-        self.whereabouts.set(known(&self.lock(), current, begun));
+        let seen = self.lock();
+        // Without a record of its own all rests on what the others said last.
+        let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = match seen.contains_key(&self.here) || seen.is_empty() {
+            true => begun,
+            false => heard.unwrap_or_default().min(begun),
+        };
+        let now_ms = self.clock.now_ms();
+        self.whereabouts.set(known(&seen, current, (begun, now_ms)));
     }
 
     /// Reads the records of the other regions; of those that do not answer nothing is learnt.
     pub async fn read_others(&self) {
         let asked = self.others.iter().map(async |(label, table)| {
+            let begun = uptime();
             if let Ok(Some(record)) = table.control().await {
                 self.note(label, record);
+                let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+                *heard = (*heard).max(Some(begun));
             }
         });
         join_all(asked).await;
@@ -226,18 +243,18 @@ impl Records {
     }
 }
 
-/// Which region is active, as `seen` says by region.
+/// Which region is active, as `seen` says by region, in a reading that began at `read`; it is `now_ms` there.
 fn known(
     seen: &BTreeMap<String, ControlRow>,
     (active, epoch): (&str, u64),
-    read: Duration,
+    (read, now_ms): (Duration, i64),
 ) -> Known {
     let (active, epoch, state) = match verdict(seen.values()) {
         Verdict::Conflict { epoch, actives } => {
             (actives.join(", "), epoch, state::CONFLICT.to_owned())
         }
         Verdict::Decided { active, epoch } => {
-            let state = state_of(seen, &active, epoch);
+            let state = state_of(seen, (&active, epoch), now_ms);
             (active, epoch, state.to_owned())
         }
         Verdict::FromFile | Verdict::Unknown => {
@@ -253,17 +270,32 @@ fn known(
 }
 
 /// The state of `epoch`. That writes should wait is said by the record of the region that is to become
-/// active; everything else by that of the region that is: other records are copies. Where it was not
-/// seen, a copy that is not steady goes first.
-fn state_of<'a>(seen: &'a BTreeMap<String, ControlRow>, active: &str, epoch: u64) -> &'a str {
+/// active, until its time is over; everything else by that of the region that is: other records are
+/// copies. Where it was not seen, a copy that is not steady goes first.
+fn state_of<'a>(
+    seen: &'a BTreeMap<String, ControlRow>,
+    (active, epoch): (&str, u64),
+    now_ms: i64,
+) -> &'a str {
     let of_epoch = seen
         .iter()
         .filter(|(_, record)| record.epoch == epoch && record.active == active);
-    let counts = of_epoch.max_by_key(|(label, record)| {
-        let is_closing = record.state == state::CLOSING;
-        (is_closing, *label == active, record.state != state::STEADY)
+    let says = of_epoch.map(|(label, record)| {
+        let over = record.state == state::CLOSING
+            && record.closing_until.is_some_and(|until| until < now_ms);
+        let said = if over {
+            state::STEADY
+        } else {
+            record.state.as_str()
+        };
+        let rank = (
+            said == state::CLOSING,
+            label == active,
+            said != state::STEADY,
+        );
+        (rank, said)
     });
-    counts.map_or(state::STEADY, |(_, record)| record.state.as_str())
+    says.max().map_or(state::STEADY, |(_, said)| said)
 }
 
 /// Reads the records for as long as `flow` goes on, and ends `term` once it is over. Returns then.
@@ -322,7 +354,7 @@ mod tests {
         let seen = rows
             .iter()
             .map(|(label, row)| ((*label).to_owned(), row.clone()));
-        known(&seen.collect(), ("f", 1), Duration::ZERO).state
+        known(&seen.collect(), ("f", 1), (Duration::ZERO, 1_000)).state
     }
 
     #[test]
@@ -336,6 +368,13 @@ mod tests {
         let active = ("a", record(1, "a", state::STEADY));
         assert_eq!(state_in(&[active, closing]), state::CLOSING);
         assert_eq!(state_in(&[]), state::STEADY);
+        // Nobody who could end it lives: its time does.
+        for (until, said) in [(1_000, state::CLOSING), (999, state::STEADY)] {
+            let mut closing = record(1, "a", state::CLOSING);
+            closing.closing_until = Some(until);
+            let active = ("a", record(1, "a", state::STEADY));
+            assert_eq!(state_in(&[active, ("b", closing)]), said);
+        }
         let rivals = [
             ("b", record(2, "b", state::STEADY)),
             ("c", record(2, "c", state::STEADY)),

@@ -11,9 +11,10 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::records::Records;
@@ -24,7 +25,7 @@ use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::uptime;
 use crate::error::{Exit, Failure};
-use crate::lease::control::{Part, Verdict, part, verdict};
+use crate::lease::control::{Flow, Heed, Part, Verdict, heed, part, verdict};
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Idle};
 use crate::observe::metrics;
@@ -183,19 +184,34 @@ impl Roles {
     }
 
     /// Waits until the records say that this worker has another part. False once asked to stop.
-    async fn wait(&self, waiting: &Waiting, records: &Records, stop: &CancellationToken) -> bool {
-        let every = self.loaded.config.leases.duration / 3;
+    async fn wait(
+        &self,
+        waiting: &Waiting,
+        records: &Arc<Records>,
+        stop: &CancellationToken,
+    ) -> bool {
+        let lease = self.loaded.config.leases.duration;
+        let mut kept: Option<Instant> = None;
+        // Dropped with this function, and what it reads with it.
+        let mut others = JoinSet::new();
         loop {
-            if waiting.part == Part::Quarantined {
+            if waiting.part == Part::Quarantined && kept.is_none_or(|at| at.elapsed() >= lease / 3)
+            {
+                kept = Some(Instant::now());
                 self.keep_quarantine(records).await;
             }
             tokio::select! {
                 () = stop.cancelled() => return false,
-                () = tokio::time::sleep(every) => {}
+                () = tokio::time::sleep(records.own_every()) => {}
             }
-            // What does not answer changes nothing.
+            // What does not answer changes nothing, and holds nothing up.
+            while others.try_join_next().is_some() {}
+            if others.is_empty() {
+                let records = Arc::clone(records);
+                others.spawn(async move { records.read_others().await });
+            }
             let begun = uptime();
-            let (read, ()) = tokio::join!(records.read_own(), records.read_others());
+            let read = records.read_own().await;
             records.tell(begun, &read, (&waiting.active, waiting.epoch), &self.health);
             if self.has_moved(waiting, records) {
                 return true;
@@ -281,6 +297,22 @@ impl Roles {
             Role::Standby { epoch, .. } | Role::Quarantined { epoch, .. } => *epoch,
         };
         let seen = records.seen();
+        if let Role::Feed(feed) = &role {
+            let flow = Flow {
+                epoch,
+                active: &feed.active,
+            };
+            if let Heed::Conflict { epoch, actives } = heed(flow, &seen) {
+                return Err(Failure::new(
+                    format!(
+                        "Epoch {epoch} names several active regions: {}",
+                        actives.join(", ")
+                    ),
+                    "Not all of them answer now, and all were seen; whoever applies now may overwrite another",
+                    "Decide which region is active, and make a higher epoch: `farshore failover --to LABEL --accept-loss conflict`",
+                ));
+            }
+        }
         match seen.iter().map(|record| record.epoch).max() {
             Some(highest) if highest > epoch => Err(Failure::new(
                 format!("Epoch {highest} was seen, and its record cannot be read now"),

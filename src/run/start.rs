@@ -108,6 +108,8 @@ pub struct Feed {
     pub epoch: u64,
     /// When the reading of the control records began that says so, by [`uptime`].
     pub begun: Duration,
+    /// The control records that say so, by region.
+    pub records: BTreeMap<String, ControlRow>,
     /// The active region.
     pub source: RegionClients,
     /// The region fed.
@@ -181,6 +183,7 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
         active,
         epoch,
         begun,
+        records: standing.records,
         source,
         target,
         state,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use farshore::jobs::failover::fence::{Next, Writers, next};
 use farshore::jobs::failover::late::history::{History, Judged, Old};
-use farshore::lease::control::{Answer, Verdict, decide, successor};
+use farshore::lease::control::{Answer, Part, Verdict, decide, part, successor};
 use farshore::lease::row::{ControlRow, Row, state};
 use farshore::mutation::{self, Mutation};
 
@@ -76,7 +76,15 @@ impl World {
         }
         let seen: Vec<ControlRow> = answers.iter().filter_map(|a| a.record().cloned()).collect();
         let first = ControlRow::first("g", LABELS[to], "m", String::new());
-        let mut row = successor(LABELS[to], (&active, epoch), &rivals, &seen, first);
+        let waits = |region: usize| {
+            let own = answers[region].record();
+            region != to
+                && part(LABELS[region], (&active, epoch), own, seen.iter()) == Part::Quarantined
+        };
+        let waiting = (0..3).filter(|region| waits(*region));
+        let mut aside = rivals;
+        aside.extend(waiting.map(|region| LABELS[region].to_owned()));
+        let mut row = successor(LABELS[to], (&active, epoch), &aside, &seen, first);
         row.note("begun", now as i64, "");
         row.lease_counter = 1;
         if self.replace_control(to, &row, Some(&own)) {
@@ -103,7 +111,7 @@ impl World {
         let rows = self.regions[to].shard.clone();
         let workers = self.regions[to].workers.values().cloned().map(Row::Worker);
         let shards = rows.values().cloned().map(Row::Shard);
-        let writers = Writers::before(epoch, shards.chain(workers));
+        let writers = Writers::before(epoch, shards.chain(workers), now as i64);
         let ticks = |ticks: u64| Duration::from_secs(ticks);
         let operator = &self.operators[index];
         let since = ticks(now - operator.since);

@@ -289,7 +289,7 @@ fn waited_s(report: &Report) -> Option<f64> {
 /// Shows what was done.
 pub(super) fn done(survey: &Survey, report: &Report, args: &Args) -> Result<Exit, Failure> {
     let late = &report.late;
-    let remains = report.ttl.iter().any(|ttl| !ttl.left.is_empty())
+    let remains = report.ttl.iter().any(|ttl| !ttl.is_done())
         || report.actions.iter().any(|acted| acted.failure.is_some())
         || !report.in_flight.is_empty()
         || !late.standing.is_empty()

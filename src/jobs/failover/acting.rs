@@ -67,25 +67,41 @@ impl Failover<'_> {
                 course = Course::new(&config.actions, &done);
                 continue;
             }
-            let running = run_one(action, &moment, regions);
-            tokio::pin!(running);
-            let every = config.leases.duration / 3;
-            let outcome = loop {
-                tokio::select! {
-                    outcome = &mut running => break outcome,
-                    () = tokio::time::sleep(every) => self.touch().await?,
-                    () = self.stop.cancelled() => {
-                        self.store(|row| row.running = None).await?;
-                        return Err(Ended::Stopped);
-                    }
+            let stop = self.stop.clone();
+            let ended = tokio::select! {
+                outcome = run_one(action, &moment, regions) => Ok(outcome),
+                // Beside it: a state table that answers slowly stops no command, and none of its timeouts.
+                ended = self.keep_touching() => Err(ended),
+                () = stop.cancelled() => Err(Ended::Stopped),
+            };
+            // What ran is gone by now, if it was cut short.
+            let me = self.me.clone();
+            let is_mine = |row: &ControlRow| {
+                let running = row.running.as_ref();
+                running.is_some_and(|running| running.by == me)
+            };
+            let outcome = match ended {
+                Ok(outcome) => outcome,
+                Err(Ended::Stopped) => {
+                    self.store(|row| {
+                        if is_mine(row) {
+                            row.running = None;
+                        }
+                    })
+                    .await?;
+                    return Err(Ended::Stopped);
                 }
+                Err(ended) => return Err(ended),
             };
             crash("failover-acted");
             course.ended(&outcome);
             let name = action.name.clone();
             let is_done = outcome.result.is_ok();
             self.store(|row| {
-                row.running = None;
+                // Somebody who took this process for dead may run the next one.
+                if is_mine(row) {
+                    row.running = None;
+                }
                 if is_done && !row.actions.contains(&name) {
                     row.actions.push(name.clone());
                 }
@@ -97,6 +113,19 @@ impl Failover<'_> {
             }
         }
         Ok(Acted::of(&course))
+    }
+
+    /// Moves the counter of the record again and again. Returns only where this is no longer the failover
+    /// that counts.
+    async fn keep_touching(&mut self) -> Ended {
+        loop {
+            tokio::time::sleep(self.config.leases.duration / 3).await;
+            match self.touch().await {
+                // A fault passes, or the step after the action meets it again.
+                Ok(()) | Err(Ended::Failed(_)) => {}
+                Err(ended) => return ended,
+            }
+        }
     }
 
     /// Moves the counter of the record: who runs an action lives.
@@ -115,7 +144,11 @@ impl Failover<'_> {
         Ok(())
     }
 
-    async fn reread(&mut self) -> Result<(), Ended> {
+    /// Reads the record anew.
+    ///
+    /// # Errors
+    /// [`Ended::Overtaken`] where it is another failover's by now.
+    pub(super) async fn reread(&mut self) -> Result<(), Ended> {
         let state = self.state;
         let now = self.patiently(async || state.control().await).await?;
         match now {

@@ -36,11 +36,13 @@ pub struct Writers {
     pub plans: Vec<ReconcileRow>,
     /// Segments of those.
     pub segments: Vec<SegmentRow>,
+    /// Jobs that repair and that somebody is at, whether or not they hold a segment this moment.
+    pub at_work: BTreeSet<String>,
 }
 
 impl Writers {
-    /// Those of epochs before `epoch`.
-    pub fn before(epoch: u64, rows: impl IntoIterator<Item = Row>) -> Self {
+    /// Those of epochs before `epoch`, at `now_ms` of the state table's region.
+    pub fn before(epoch: u64, rows: impl IntoIterator<Item = Row>, now_ms: i64) -> Self {
         let mut writers = Self::default();
         let mut segments = Vec::new();
         for row in rows {
@@ -61,6 +63,10 @@ impl Writers {
                 .any(|plan| plan.apply && row.is_of(plan))
         });
         writers.segments = segments;
+        let at_work =
+            |plan: &&ReconcileRow| plan.apply && plan.ended.is_none() && plan.until >= now_ms;
+        let plans = writers.plans.iter().filter(at_work);
+        writers.at_work = plans.map(|plan| plan.lease_key.clone()).collect();
         writers
     }
 
@@ -117,6 +123,8 @@ impl Writers {
         silent
             .map(|row| row.worker.as_str())
             .chain(holders.filter(|holder| !settled.contains(holder)))
+            // Between two segments such a job holds nothing, and takes the next one in a moment.
+            .chain(self.at_work.iter().map(String::as_str))
             .map(str::to_owned)
             .collect()
     }
@@ -186,7 +194,7 @@ mod tests {
     fn writers(shards: Vec<ShardRow>, workers: Vec<WorkerRow>) -> Writers {
         let shards = shards.into_iter().map(Row::Shard);
         let workers = workers.into_iter().map(Row::Worker);
-        Writers::before(2, shards.chain(workers))
+        Writers::before(2, shards.chain(workers), 0)
     }
 
     #[test]
@@ -243,10 +251,14 @@ mod tests {
     fn jobs_hold_the_fence_up_as_leases_do() {
         let mut job = JobRow::new("redrive", "x", 1, "a", "b", String::new());
         job.lease_owner = Some("cli.1".into());
-        let rows = Writers::before(2, [Row::Job(job.clone())]);
+        let rows = Writers::before(2, [Row::Job(job.clone())], 0);
         assert_eq!(rows.unsettled(2).len(), 1);
         assert_eq!(rows.holds().len(), 1);
         job.lease_owner = None;
-        assert!(Writers::before(2, [Row::Job(job)]).unsettled(2).is_empty());
+        assert!(
+            Writers::before(2, [Row::Job(job)], 0)
+                .unsettled(2)
+                .is_empty()
+        );
     }
 }

@@ -20,6 +20,7 @@ pub mod planned;
 mod survey;
 pub mod ttl;
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -33,7 +34,7 @@ use crate::config::Config;
 use crate::dynamo::clock::rfc3339;
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault, Policy};
-use crate::lease::control::{Answer, Part, Verdict, copy_for, decide, successor};
+use crate::lease::control::{Verdict, copy_for, newest, part, successor, verdict};
 use crate::lease::row::{ControlRow, ShardRow, state};
 use crate::lease::table::{StateTable, Written};
 use crate::mutation::crash;
@@ -70,6 +71,13 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Between two looks at who may still write.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Between two looks at what the other regions say.
+const HEAR_EVERY: Duration = Duration::from_secs(1);
+/// How long they are waited for before what follows the fence begins.
+const HEAR_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long writes that came too late are counted.
+const LEFT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a failover did not come to its end.
 #[derive(Debug)]
@@ -115,7 +123,7 @@ pub struct Failover<'a> {
     pub(super) target: &'a RegionClients,
     /// The record, as last written or read.
     pub(super) record: ControlRow,
-    pub(super) stop: &'a CancellationToken,
+    pub(super) stop: CancellationToken,
     /// All regions: those that were active are asked once the switch is complete.
     regions: &'a Regions,
     /// This process, for who looks at the record.
@@ -150,20 +158,21 @@ pub struct Report {
 
 impl<'a> Failover<'a> {
     /// Goes on with the failover that the target's record tells, or begins one: the new epoch is stored.
+    /// `applied` is the record that a planned switchover has left, which has come as far as that.
     ///
     /// # Errors
     /// The target could not be written, or another failover was faster.
     pub async fn begin(
         config: &'a Config,
         survey: &'a Survey,
-        by: &str,
-        reason: &str,
-        known: Option<ControlRow>,
+        (by, reason): (&str, &str),
+        applied: Option<ControlRow>,
         regions: &'a Regions,
-        stop: &'a CancellationToken,
+        stop: &CancellationToken,
     ) -> Result<Self, Ended> {
         let state = survey.state();
         let target = &survey.target;
+        let known = applied.clone().or_else(|| survey.own.clone());
         let mut failover = Self {
             config,
             survey,
@@ -172,7 +181,8 @@ impl<'a> Failover<'a> {
             record: known
                 .clone()
                 .unwrap_or_else(|| ControlRow::first(&config.group, &survey.to, by, String::new())),
-            stop,
+            // Cancelled as well when somebody else has overtaken it.
+            stop: stop.child_token(),
             regions,
             me: crate::run::owner(),
             accepts_unwatched: false,
@@ -187,14 +197,15 @@ impl<'a> Failover<'a> {
         let mut next = successor(
             &survey.to,
             current,
-            &survey.rivals,
+            &survey.aside(),
             &survey.records(),
             first,
         );
         reason.clone_into(&mut next.reason);
-        if let Some(known) = &known {
-            // Of a planned switchover: when writes had to wait is told at the end.
-            next.steps.clone_from(&known.steps);
+        if let Some(applied) = &applied {
+            // When writes had to wait is told at the end. Steps of any other record are another failover's:
+            // what that has fenced is not what this one has to.
+            next.steps.clone_from(&applied.steps);
         }
         next.note(step::BEGUN, now_ms, "");
         next.lease_counter = 1;
@@ -292,13 +303,34 @@ impl<'a> Failover<'a> {
     /// # Errors
     /// Why it did not come to its end. What is done stays done.
     pub async fn run(&mut self, watcher: &mut dyn Watcher) -> Result<Report, Ended> {
-        let (survey, epoch) = (self.survey, self.record.epoch);
-        // Nobody waits for a region that does not answer longer than for the fence.
-        let (fenced, rivals) = tokio::join!(self.fence(watcher), conflict(survey, epoch));
-        fenced?;
-        if let Some(rivals) = rivals {
-            return Err(Ended::Overtaken(contradicted(epoch, &rivals)));
+        let (survey, epoch, stop) = (self.survey, self.record.epoch, self.stop.clone());
+        let found = OnceLock::new();
+        // Whoever else fails over to another region is heard of all the time, as far as regions answer.
+        let heard = async {
+            loop {
+                if let Some(failure) = overtaken_by(survey, epoch).await {
+                    // It is set nowhere else.
+                    let _ = found.set(failure);
+                    stop.cancel();
+                    std::future::pending::<()>().await;
+                }
+                tokio::time::sleep(HEAR_EVERY).await;
+            }
+        };
+        let done = tokio::select! {
+            done = self.work(watcher) => done,
+            () = heard => Err(Ended::Stopped),
+        };
+        match found.into_inner() {
+            Some(failure) => Err(Ended::Overtaken(failure)),
+            None => done,
         }
+    }
+
+    async fn work(&mut self, watcher: &mut dyn Watcher) -> Result<Report, Ended> {
+        let (survey, epoch) = (self.survey, self.record.epoch);
+        self.fence(watcher).await?;
+        self.refuse_overtaken().await?;
         watcher.reached(&format!(
             "{} is active in epoch {epoch}: nothing of epoch {} can be sent any more",
             survey.to,
@@ -310,18 +342,23 @@ impl<'a> Failover<'a> {
             self.store(|row| row.note(step::ACTED, now_ms, "")).await?;
         }
         let untold = self.tell(watcher).await?;
-        // Once more: the other one may have begun a moment after the first look.
-        if let Some(rivals) = conflict(survey, epoch).await {
-            return Err(Ended::Overtaken(contradicted(epoch, &rivals)));
-        }
+        // Once more: the other one may have begun a moment ago.
+        self.refuse_overtaken().await?;
         let writers = self.writers().await?;
         let source = self.sources_of(epoch - 1).into_iter().next();
         let left_behind = match source.filter(|_| self.is_planned()) {
             None => None,
             Some(source) => {
                 watcher.under_way("looking for writes that came too late");
-                let left = planned::left_behind(source, &writers.shards).await;
-                Some(left.map_err(|fault| fault.to_string()))
+                let left = planned::left_behind(source, &writers.shards);
+                let left = tokio::select! {
+                    () = self.stop.cancelled() => return Err(Ended::Stopped),
+                    left = tokio::time::timeout(LEFT_TIMEOUT, left) => left,
+                };
+                Some(match left {
+                    Ok(left) => left.map_err(|fault| fault.to_string()),
+                    Err(_) => Err("it took too long to count them".to_owned()),
+                })
             }
         };
         let ttl = self.switch_ttl().await;
@@ -346,10 +383,14 @@ impl<'a> Failover<'a> {
         watcher: &mut dyn Watcher,
     ) -> Result<Found, Ended> {
         let mut late = self.watch_late(writers, watcher).await?;
-        let jobs = writers.jobs.iter().filter(|row| row.lease_owner.is_some());
+        let begun_ms = self.record.done_ms(step::BEGUN).unwrap_or_default();
+        // What they sent was dead by their `until`.
+        let may = |owner: &Option<String>, until: i64| owner.is_some() && until >= begun_ms;
+        let jobs = writers.jobs.iter();
+        let jobs = jobs.filter(|row| may(&row.lease_owner, row.until));
         let jobs = jobs.map(|row| row.lease_key.clone());
         let segments = writers.segments.iter();
-        let segments = segments.filter(|row| row.lease_owner.is_some());
+        let segments = segments.filter(|row| may(&row.lease_owner, row.until));
         let segments = segments.map(|row| row.lease_key.clone());
         // Nobody knows which keys those had in hand. To watch longer would not help.
         let unknown = jobs.chain(segments).map(|key| {
@@ -397,7 +438,7 @@ impl<'a> Failover<'a> {
 
     async fn writers(&self) -> Result<Writers, Ended> {
         let rows = self.patiently(async || self.state.rows().await).await?;
-        Ok(Writers::before(self.record.epoch, rows))
+        Ok(Writers::before(self.record.epoch, rows, self.now_ms()))
     }
 
     /// Waits until nothing of the old epoch can be sent any more.
@@ -487,8 +528,10 @@ impl<'a> Failover<'a> {
         }
         watcher.under_way("telling the other regions");
         let mut untold = Vec::new();
-        for seen in &self.survey.regions[1..] {
-            if let Err(why) = self.tell_region(seen).await {
+        let others = &self.survey.regions[1..];
+        let told = others.iter().map(|seen| self.tell_region(seen));
+        for (seen, told) in others.iter().zip(futures::future::join_all(told).await) {
+            if let Err(why) = told {
                 untold.push((seen.label.clone(), why));
             }
         }
@@ -510,10 +553,9 @@ impl<'a> Failover<'a> {
             Err(fault) if fault.class == crate::error::Class::NotFound => return Ok(()),
             Err(fault) => return Err(fault.to_string()),
         };
-        let part = match self.record.quarantined.contains(&seen.label) {
-            true => Part::Quarantined,
-            false => Part::Fed,
-        };
+        // What its own record says of it counts as well: a quarantine ends by no failover.
+        let current = (self.record.active.as_str(), self.record.epoch);
+        let part = part(&seen.label, current, own.as_ref(), [&self.record]);
         let Some(copy) = copy_for(&seen.label, part, &self.record, own.as_ref()) else {
             return Ok(());
         };
@@ -524,13 +566,41 @@ impl<'a> Failover<'a> {
         }
     }
 
-    /// Removes the rows of workers that have acknowledged: they stand by, and nobody waits for them.
+    /// Removes the rows of processes of epochs that are over, and the names of their owners from leases:
+    /// nothing that they sent can take effect any more, and the next failover need not wait for them.
+    /// Positions stay. What could not be removed makes that one wait longer, and does no harm.
     async fn tidy(&self, writers: &Writers) {
         for row in &writers.workers {
-            if row.acknowledged.is_some_and(|by| by >= self.record.epoch) {
-                // It does no harm if it stays.
-                let _ = self.state.delete(row).await;
-            }
+            let _ = self.state.delete(row).await;
+        }
+        for row in &writers.jobs {
+            let _ = self.state.delete(row).await;
+        }
+        for row in writers.in_flight() {
+            let mut next = row.clone();
+            next.fenced_owner = None;
+            next.lease_counter += 1;
+            let _ = self.state.replace(&next, row.lease_counter).await;
+        }
+        for row in writers
+            .segments
+            .iter()
+            .filter(|row| row.lease_owner.is_some())
+        {
+            let mut next = row.clone();
+            next.lease_owner = None;
+            next.lease_counter += 1;
+            let _ = self.state.replace(&next, row.lease_counter).await;
+        }
+    }
+
+    /// Gives up where somebody else has failed over to another region. Nobody waits for a region that does
+    /// not answer longer than a moment.
+    async fn refuse_overtaken(&self) -> Result<(), Ended> {
+        let looked = overtaken_by(self.survey, self.record.epoch);
+        match tokio::time::timeout(HEAR_TIMEOUT, looked).await {
+            Ok(Some(failure)) => Err(Ended::Overtaken(failure)),
+            Ok(None) | Err(_) => Ok(()),
         }
     }
 }
@@ -582,20 +652,23 @@ fn contradicted(epoch: u64, rivals: &[String]) -> Failure {
     )
 }
 
-/// Who contradict each other after the record of `epoch` was stored: two failovers to different regions
-/// began at once. Regions that do not answer say nothing.
-async fn conflict(survey: &Survey, epoch: u64) -> Option<Vec<String>> {
+/// Who has overtaken the failover that made `epoch`: two to different regions began at once, or one has begun
+/// since. Regions that do not answer say nothing.
+async fn overtaken_by(survey: &Survey, epoch: u64) -> Option<Failure> {
     let asked = survey
         .regions
         .iter()
         .map(async |seen| seen.state.control().await);
     let answers = futures::future::join_all(asked).await;
-    let records = answers
+    let records: Vec<ControlRow> = answers
         .into_iter()
-        .filter_map(|answer| answer.ok().flatten());
-    let answers: Vec<Answer> = records.map(|row| Answer::Record(Box::new(row))).collect();
-    match decide(&answers) {
-        Verdict::Conflict { epoch: of, actives } if of >= epoch => Some(actives),
+        .filter_map(|answer| answer.ok().flatten())
+        .collect();
+    match verdict(&records) {
+        Verdict::Conflict { epoch: of, actives } if of >= epoch => Some(contradicted(of, &actives)),
+        Verdict::Decided { active, epoch: of } if of > epoch => {
+            Some(overtaken(newest(&records, &active, of), &survey.to))
+        }
         _ => None,
     }
 }

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use super::survey::failed;
-use super::{Ended, LOOK_EVERY, Survey, Watcher, step};
+use super::survey::{failed, losses_of};
+use super::{Ended, Survey, Watcher, step};
 use crate::config::Config;
 use crate::dynamo::RegionClients;
 use crate::dynamo::clock::rfc3339;
-use crate::error::{Failure, Fault};
+use crate::error::{Failure, Fault, Policy};
 use crate::lease::doubts::until_ms;
 use crate::lease::row::{ControlRow, ShardRow, state};
 use crate::lease::table::Written;
@@ -39,6 +39,11 @@ const QUIET_MS: i64 = 2_000;
 /// Consecutive empty pages after which a shard counts as holding nothing more.
 const EMPTY_PAGES_PROVE: u32 = 5;
 const EMPTY_PAUSE: Duration = Duration::from_millis(100);
+/// Between two looks at the state table, which is read whole.
+const PLAN_EVERY: Duration = Duration::from_millis(200);
+/// How often it is tried to let writes go on again.
+const REOPEN_ATTEMPTS: u32 = 10;
+const REOPEN_PAUSE: Duration = Duration::from_millis(500);
 /// More records than this are not counted.
 const LEFT_MAX: usize = 10_000;
 /// The record asks writes to wait for so much longer than the switchover may take, and for a lease: clocks
@@ -116,26 +121,44 @@ pub async fn prepare(
         survey,
         standings: Standings::default(),
         deadline: Instant::now() + within,
+        lost: None,
         stop,
     };
     planned.catch_up(watcher).await?;
-    let closed = planned.close(by, reason, within).await?;
-    crash("failover-closed");
-    match planned.settle(&closed, watcher).await {
+    let closing = async {
+        let closed = planned.close(by, reason, within).await?;
+        crash("failover-closed");
+        planned.settle(&closed, watcher).await
+    };
+    match closing.await {
         Ok(applied) => Ok(applied),
         Err(ended) => {
-            // If it cannot be written, its time runs out and a worker writes it.
-            let now = survey.state().control().await;
-            if let Ok(Some(now)) = now
-                && now.state == state::CLOSING
-                && now.epoch == closed.epoch
-            {
-                let _ = survey
-                    .state()
-                    .replace_control(&now.reopened(), Some(&now))
-                    .await;
-            }
+            reopen(survey, by).await;
             Err(ended)
+        }
+    }
+}
+
+/// Makes the record steady again that `by` made ask writes to wait, should it say so still: a write without
+/// an answer may have taken effect. If that cannot be done its time runs out: from then on it counts for
+/// nothing, and a worker writes it.
+pub async fn reopen(survey: &Survey, by: &str) {
+    for _ in 0..REOPEN_ATTEMPTS {
+        let done = match survey.state().control().await {
+            Ok(Some(now))
+                if now.state == state::CLOSING && now.epoch == survey.epoch && now.by == by =>
+            {
+                let next = now.reopened();
+                let written = survey.state().replace_control(&next, Some(&now)).await;
+                written.map(|_| false)
+            }
+            Ok(_) => Ok(true),
+            Err(fault) => Err(fault),
+        };
+        match done {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(_) => tokio::time::sleep(REOPEN_PAUSE).await,
         }
     }
 }
@@ -145,6 +168,8 @@ struct Planned<'a> {
     survey: &'a Survey,
     standings: Standings,
     deadline: Instant,
+    /// What the last look found missing that was not when it was asked for.
+    lost: Option<String>,
     stop: &'a CancellationToken,
 }
 
@@ -152,6 +177,17 @@ impl Planned<'_> {
     fn failed(&self, fault: &Fault) -> Ended {
         let survey = self.survey;
         Ended::Failed(failed(&survey.target, survey.state(), fault))
+    }
+
+    /// What is missing in the target that was not when it was asked for, and that nobody has accepted
+    /// therefore.
+    fn lost_since(&self, rows: &Snapshot) -> Option<String> {
+        let (epoch, now_ms) = (self.survey.epoch, self.survey.target.clock.now_ms());
+        let known = self.survey.all_losses();
+        let tables = self.config.tables.iter();
+        let losses = tables.flat_map(|table| losses_of(rows, &table.name, epoch, now_ms));
+        let mut new = losses.filter(|(name, _)| !known.iter().any(|(known, _)| known == name));
+        new.next().map(|(name, why)| format!("{name} ({why})"))
     }
 
     async fn look(&mut self, since_ms: i64) -> Result<Near, Fault> {
@@ -175,20 +211,32 @@ impl Planned<'_> {
         };
         let tables = self.config.tables.iter().map(|table| table.name.as_str());
         let tables: Vec<&str> = tables.collect();
-        Ok(self.standings.look(ground, &tables, since_ms))
+        let near = self.standings.look(ground, &tables, since_ms);
+        self.lost = self.lost_since(&rows);
+        Ok(near)
+    }
+
+    /// As [`look`](Self::look); a failure that may pass by itself is no answer, until the time is over.
+    async fn look_again(&mut self, since_ms: i64) -> Result<Near, Ended> {
+        match self.look(since_ms).await {
+            Ok(near) => Ok(near),
+            Err(fault) if fault.policy() == Policy::Retry && Instant::now() < self.deadline => {
+                Ok(Near::Behind(None))
+            }
+            Err(fault) => Err(self.failed(&fault)),
+        }
     }
 
     async fn wait(&self) -> Result<(), Ended> {
         tokio::select! {
             () = self.stop.cancelled() => Err(Ended::Stopped),
-            () = tokio::time::sleep(LOOK_EVERY) => Ok(()),
+            () = tokio::time::sleep(PLAN_EVERY) => Ok(()),
         }
     }
 
     async fn catch_up(&mut self, watcher: &mut dyn Watcher) -> Result<(), Ended> {
         loop {
-            let near = self.look(i64::MAX - QUIET_MS).await;
-            match near.map_err(|fault| self.failed(&fault))? {
+            match self.look_again(i64::MAX - QUIET_MS).await? {
                 Near::CaughtUp | Near::Quiet => return Ok(()),
                 Near::Behind(_) if Instant::now() >= self.deadline => {
                     return Err(Ended::GivenUp(format!(
@@ -243,10 +291,17 @@ impl Planned<'_> {
         closed: &ControlRow,
         watcher: &mut dyn Watcher,
     ) -> Result<ControlRow, Ended> {
-        let since_ms = closed.done_ms(step::CLOSED).unwrap_or_default();
+        // Whoever asks `/active` or `/region` may go by the answer for a lease.
+        let lease_ms = until_ms(0, self.config.leases.duration);
+        let since_ms = closed.done_ms(step::CLOSED).unwrap_or_default() + lease_ms;
         loop {
-            let near = self.look(since_ms).await;
-            match near.map_err(|fault| self.failed(&fault))? {
+            let near = self.look_again(since_ms).await?;
+            if let Some(lost) = &self.lost {
+                return Err(Ended::GivenUp(format!(
+                    "{lost} is missing there since it began"
+                )));
+            }
+            match near {
                 Near::Quiet => break,
                 _ if Instant::now() >= self.deadline => {
                     return Err(Ended::GivenUp(format!(

@@ -10,16 +10,14 @@ use crate::config::read::Loaded;
 use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault};
-use crate::lease::control::{Answer, Verdict, decide};
-use crate::lease::row::{
-    ControlRow, DoubtRow, GapRow, JobKind, ReconcileRow, Row, SegmentRow, ShardRow, StreamRow,
-    WorkerRow, comparisons, state,
-};
+use crate::lease::control::{Answer, Part, Verdict, decide, part};
+use crate::lease::row::{ControlRow, JobKind, Row, ShardRow, WorkerRow, comparisons, state};
 use crate::lease::table::StateTable;
 use crate::observe::board::RETENTION_MS;
 use crate::observe::liveness::Limits;
 use crate::observe::recovery::{Age, Ground, Live, Moments, of_tables};
 use crate::run::proven::heard;
+use crate::run::rows::Snapshot;
 use crate::run::start::unusable;
 
 /// Longest wait for a region that need not answer.
@@ -114,6 +112,20 @@ impl Survey {
     pub fn all_losses(&self) -> Vec<(String, String)> {
         let of_tables = self.tables.iter().flat_map(|table| table.losses.clone());
         self.losses.iter().cloned().chain(of_tables).collect()
+    }
+
+    /// Regions other than the target that wait, whoever says so: they contradict each other, or are in
+    /// quarantine.
+    pub fn aside(&self) -> Vec<String> {
+        let records = self.records();
+        let current = (self.active.as_str(), self.epoch);
+        let waits = |seen: &&RegionSeen| {
+            let part = part(&seen.label, current, seen.answer.record(), &records);
+            seen.label != self.to && part == Part::Quarantined
+        };
+        let waiting = self.regions.iter().filter(waits);
+        let waiting = waiting.map(|seen| seen.label.clone());
+        self.rivals.iter().cloned().chain(waiting).collect()
     }
 
     /// Whether a failover to the target has begun and not come to its end.
@@ -264,32 +276,10 @@ fn standing(
     }
 }
 
-/// The rows of one state table, sorted.
-#[derive(Default)]
-struct Rows {
-    shards: Vec<ShardRow>,
-    streams: Vec<StreamRow>,
-    gaps: Vec<GapRow>,
-    doubts: Vec<DoubtRow>,
-    plans: Vec<ReconcileRow>,
-    segments: Vec<SegmentRow>,
-}
-
 impl Survey {
     fn look_at(&mut self, config: &Config, regions: &Regions, rows: Vec<Row>) {
-        let mut found = Rows::default();
-        for row in rows {
-            match row {
-                Row::Shard(row) => found.shards.push(row),
-                Row::Stream(row) => found.streams.push(row),
-                Row::Gap(row) => found.gaps.push(row),
-                Row::Doubt(row) => found.doubts.push(row),
-                Row::Worker(row) => self.workers.push(row),
-                Row::Reconcile(row) => found.plans.push(row),
-                Row::Segment(row) => found.segments.push(row),
-                _ => {}
-            }
-        }
+        let found = Snapshot::of(rows);
+        self.workers.clone_from(&found.workers);
         // Of a failover under way, or of two that contradict each other, the epoch before counts.
         let before = found.shards.iter().map(|row| row.epoch);
         let before = before.filter(|epoch| *epoch < self.epoch).max();
@@ -321,7 +311,7 @@ impl Survey {
         self.tables = of_tables(ground, names)
             .into_iter()
             .map(|(name, moments)| {
-                let mut seen = found.table(name, epoch, (clock.now_ms, replica_ms));
+                let mut seen = table_seen(&found, name, epoch, (clock.now_ms, replica_ms));
                 (seen.moments, seen.age) = (moments, moments.age(clock));
                 seen
             })
@@ -374,8 +364,7 @@ impl Survey {
         let records = self.records();
         let own = self.own.as_ref();
         let current = (self.active.as_str(), self.epoch);
-        let part = crate::lease::control::part(&self.to, current, own, &records);
-        if part == crate::lease::control::Part::Quarantined {
+        if part(&self.to, current, own, &records) == Part::Quarantined {
             self.losses.push((
                 "quarantined".to_owned(),
                 format!(
@@ -387,69 +376,73 @@ impl Survey {
     }
 }
 
-impl Rows {
-    /// What the rows tell of a table at this time, by the source's clock and by the target's.
-    fn table(&self, name: &str, epoch: u64, (source_ms, now_ms): (i64, i64)) -> TableSeen {
-        let of_table = |row: &&ShardRow| row.epoch == epoch && row.table == *name;
-        let open: Vec<&ShardRow> = self
-            .shards
-            .iter()
-            .filter(of_table)
-            .filter(|row| !row.is_finished())
-            .collect();
-        let oldest_ms = open.iter().map(|row| row.proven_ms()).min();
-        let mut seen = TableSeen {
-            name: name.to_owned(),
-            headroom_s: oldest_ms.map(|ms| (ms + RETENTION_MS - source_ms).max(0) / 1_000),
-            shards: open.len(),
-            unowned: open.iter().filter(|row| row.lease_owner.is_none()).count(),
-            doubts: self
-                .doubts
-                .iter()
-                .filter(|row| row.epoch == epoch && row.table == *name)
-                .count(),
-            ..TableSeen::default()
-        };
-        self.losses_of(name, epoch, now_ms, &mut seen);
-        seen
+/// What the rows tell of a table at this time, by the source's clock and by the target's.
+fn table_seen(
+    rows: &Snapshot,
+    name: &str,
+    epoch: u64,
+    (source_ms, now_ms): (i64, i64),
+) -> TableSeen {
+    let of_table = |row: &&ShardRow| row.epoch == epoch && row.table == *name;
+    let of_table = rows.shards.iter().filter(of_table);
+    let open: Vec<&ShardRow> = of_table.filter(|row| !row.is_finished()).collect();
+    let oldest_ms = open.iter().map(|row| row.proven_ms()).min();
+    let doubts = rows.doubts.iter();
+    let doubts = doubts.filter(|row| row.epoch == epoch && row.table == *name);
+    TableSeen {
+        name: name.to_owned(),
+        headroom_s: oldest_ms.map(|ms| (ms + RETENTION_MS - source_ms).max(0) / 1_000),
+        shards: open.len(),
+        unowned: open.iter().filter(|row| row.lease_owner.is_none()).count(),
+        doubts: doubts.count(),
+        losses: losses_of(rows, name, epoch, now_ms),
+        ..TableSeen::default()
     }
+}
 
-    fn losses_of(&self, name: &str, epoch: u64, now_ms: i64, seen: &mut TableSeen) {
-        let mut streams = self.streams.iter();
-        if !streams.any(|row| row.is_of(epoch, name) && row.initialised) {
-            seen.losses.push((
-                format!("{name}:not-followed"),
-                "no worker has begun to replicate it in this epoch".to_owned(),
+/// What is missing in the replica of a table, by the name that `--accept-loss` takes, with one sentence.
+pub(super) fn losses_of(
+    rows: &Snapshot,
+    name: &str,
+    epoch: u64,
+    now_ms: i64,
+) -> Vec<(String, String)> {
+    let mut losses = Vec::new();
+    let mut streams = rows.streams.iter();
+    if !streams.any(|row| row.is_of(epoch, name) && row.initialised) {
+        losses.push((
+            format!("{name}:not-followed"),
+            "no worker has begun to replicate it in this epoch".to_owned(),
+        ));
+    }
+    let mut gaps = BTreeSet::new();
+    for gap in rows.gaps.iter().filter(|gap| gap.table == name) {
+        if gaps.insert(gap.reason) {
+            losses.push((
+                format!("{name}:gap-{}", gap.reason.label()),
+                format!("records were never applied, noticed at {}", gap.at),
             ));
         }
-        let mut gaps = BTreeSet::new();
-        for gap in self.gaps.iter().filter(|gap| gap.table == name) {
-            if gaps.insert(gap.reason) {
-                seen.losses.push((
-                    format!("{name}:gap-{}", gap.reason.label()),
-                    format!("records were never applied, noticed at {}", gap.at),
-                ));
-            }
+    }
+    for job in comparisons(&rows.plans, &rows.segments) {
+        let plan = job.plan;
+        if plan.table != name || plan.epoch != epoch {
+            continue;
         }
-        for job in comparisons(&self.plans, &self.segments) {
-            let plan = job.plan;
-            if plan.table != name || plan.epoch != epoch {
-                continue;
-            }
-            match plan.kind() {
-                JobKind::Bootstrap => seen.losses.push((
-                    format!("{name}:copying"),
-                    "its first copy has not come to its end, or the stream has not passed that"
-                        .to_owned(),
-                )),
-                JobKind::Asked if job.is_unfinished(epoch, now_ms) => seen.losses.push((
-                    format!("{name}:reconcile-unfinished"),
-                    format!("the repair {} did not come to its end", plan.job),
-                )),
-                _ => {}
-            }
+        match plan.kind() {
+            JobKind::Bootstrap => losses.push((
+                format!("{name}:copying"),
+                "its first copy has not come to its end, or the stream has not passed that"
+                    .to_owned(),
+            )),
+            JobKind::Asked if job.is_unfinished(epoch, now_ms) => losses.push((
+                format!("{name}:reconcile-unfinished"),
+                format!("the repair {} did not come to its end", plan.job),
+            )),
+            _ => {}
         }
     }
+    losses
 }
 
 /// The names of `losses` that `accepted` lacks.

@@ -73,7 +73,17 @@ impl Failover<'_> {
             };
             for (region, on) in [(self.target, true), (source, false)] {
                 let name = table.name_in(&region.label);
-                if let Err(fault) = set(region, name, &attribute, on).await {
+                // Off in the old region only once it is on in the new one: read again later, the old one is
+                // what tells which attribute it is.
+                let done = match ttl.left.is_empty() {
+                    true => set(region, name, &attribute, on).await,
+                    false => {
+                        let why = "only once it is on in the new active region".to_owned();
+                        ttl.left.push((command(region, name, &attribute, on), why));
+                        continue;
+                    }
+                };
+                if let Err(fault) = done {
                     let command = command(region, name, &attribute, on);
                     ttl.left.push((command, fault.to_string()));
                 }

@@ -15,11 +15,13 @@ pub mod history;
 mod tail;
 mod undo;
 
-use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::config::Table;
 use crate::dynamo::RegionClients;
+use crate::dynamo::clock::uptime;
 use crate::dynamo::image::Image;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::json::item_from_json;
@@ -29,6 +31,7 @@ use crate::error::{Fault, Policy};
 use crate::lease::doubts::until_ms;
 use crate::lease::row::{DoubtRow, state};
 use crate::lease::table::StateTable;
+use crate::lease::term::Term;
 use crate::mutation::{self, Mutation};
 use crate::stream::change::{Change, OldImage};
 
@@ -111,6 +114,8 @@ struct Watched<'a> {
     table: &'a Table,
     keys: HashMap<ItemKey, Key>,
     tail: Tail,
+    /// What was read and is not judged yet: it is not read again, whatever fails meanwhile.
+    pending: VecDeque<Read>,
 }
 
 /// A range of a shard in flight.
@@ -205,9 +210,19 @@ impl Failover<'_> {
         open.retain(|table| !ranges(&table.name, writers).is_empty());
         let mut watched = Vec::new();
         let mut trouble: BTreeMap<String, String> = BTreeMap::new();
-        let stop = self.stop;
+        let stop = self.stop.clone();
+        let lease = self.config.leases.duration;
+        // What takes back must be as sure of its epoch as what applied.
+        let term = Term::new(self.record.epoch, lease, uptime());
+        let mut read: Option<Instant> = None;
         loop {
             let now_ms = self.now_ms();
+            if read.is_none_or(|at| at.elapsed() >= lease / 10) {
+                read = Some(Instant::now());
+                let begun = uptime();
+                self.reread().await?;
+                term.confirm(begun);
+            }
             let mut still = Vec::new();
             for table in open {
                 let begun = tokio::select! {
@@ -229,7 +244,7 @@ impl Failover<'_> {
             open = still;
             let mut passed = true;
             for one in &mut watched {
-                match self.look(one, begun_ms, last_ms, &mut found).await {
+                match self.look(one, (begun_ms, last_ms), &term, &mut found).await {
                     Ok(past) => {
                         passed &= past;
                         trouble.remove(&one.table.name);
@@ -297,6 +312,7 @@ impl Failover<'_> {
             table,
             keys,
             tail: Tail::new(self.target, arn, since_ms),
+            pending: VecDeque::new(),
         })
     }
 
@@ -351,6 +367,8 @@ impl Failover<'_> {
     ) -> Result<HashMap<ItemKey, Key>, String> {
         let mut keys: HashMap<ItemKey, Key> = HashMap::new();
         let mut first_ms = fenced_ms;
+        // Later ones nobody has sent; stamps of one second need not be in order.
+        let until_ms = fenced_ms + 2 * MARGIN_MS;
         for (epoch, stream) in streams {
             let of_stream: Vec<(String, Position)> = ranges
                 .iter()
@@ -367,7 +385,7 @@ impl Failover<'_> {
             let source = self.source_of(*epoch)?;
             let mut tail = Tail::new(source, stream.clone(), i64::MIN);
             tail.begin_at(of_stream.into_iter());
-            let taken = tail.read_all(async |shard, record| {
+            let taken = tail.read_all(until_ms, async |shard, record| {
                 let place = (*epoch, stream.clone(), shard.to_owned());
                 let judged = judged(ranges, &place, record, fenced_ms);
                 if let Some((change, true, is_repaired)) = judged
@@ -387,7 +405,7 @@ impl Failover<'_> {
         for (epoch, stream) in streams {
             let source = self.source_of(*epoch)?;
             let mut tail = Tail::new(source, stream.clone(), first_ms - BEFORE_MS);
-            let taken = tail.read_all(async |shard, record| {
+            let taken = tail.read_all(until_ms, async |shard, record| {
                 let place = (*epoch, stream.clone(), shard.to_owned());
                 if let Some((change, in_flight, _)) = judged(ranges, &place, record, fenced_ms)
                     && let Some(key) = keys.get_mut(&change.key)
@@ -408,23 +426,23 @@ impl Failover<'_> {
     async fn look(
         &self,
         watched: &mut Watched<'_>,
-        begun_ms: i64,
-        last_ms: i64,
+        (begun_ms, last_ms): (i64, i64),
+        term: &Arc<Term>,
         found: &mut Found,
     ) -> Result<bool, Fault> {
-        let mut changes = Vec::new();
-        let passed = watched.tail.round(last_ms, &mut changes).await?;
-        for record in changes {
-            let (of, created_ms) = match &record {
+        // Judged first: a fault of one shard says nothing of what the others have shown.
+        let passed = watched.tail.round(last_ms, &mut watched.pending).await;
+        while let Some(record) = watched.pending.front() {
+            let (of, created_ms) = match record {
                 Ok(change) => (Some(change.key.clone()), change.created_ms),
                 Err(bad) => (bad.keys.as_ref().map(ItemKey::new), bad.created_ms),
             };
-            let Some(key) = of.and_then(|of| watched.keys.get_mut(&of)) else {
+            let of = of.and_then(|of| watched.keys.get_mut(&of));
+            let of = of.filter(|key| key.since_ms.is_some_and(|since_ms| created_ms >= since_ms));
+            let Some(key) = of else {
+                watched.pending.pop_front();
                 continue;
             };
-            if key.since_ms.is_none_or(|since_ms| created_ms < since_ms) {
-                continue;
-            }
             let known = record.as_ref().ok().and_then(|change| {
                 let before = match &change.old_image {
                     None => Held(None),
@@ -436,6 +454,7 @@ impl Failover<'_> {
             let Some((change, before, after)) = known else {
                 let why = "a record of a key that was in flight cannot be read".to_owned();
                 found.standing.push((watched.table.name.clone(), why));
+                watched.pending.pop_front();
                 continue;
             };
             // Stream times are cut to the second: what may be the application's counts as such.
@@ -446,7 +465,9 @@ impl Failover<'_> {
                 Judged::Arrived => found.arrived += usize::from(change.created_ms >= begun_ms),
                 Judged::Late(right) => {
                     let table = watched.table.name_in(&self.target.label);
-                    let undone = undo(self.target, table, &key.keys, &after, &right).await?;
+                    // Where that fails it is judged again, and the same: what is late moves nothing.
+                    let undone =
+                        undo((self.target, term), table, &key.keys, &after, &right).await?;
                     tracing::warn!(
                         table = watched.table.name,
                         how = undone.label(),
@@ -461,8 +482,9 @@ impl Failover<'_> {
                     }
                 }
             }
+            watched.pending.pop_front();
         }
-        Ok(passed)
+        passed
     }
 }
 

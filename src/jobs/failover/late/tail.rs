@@ -1,7 +1,7 @@
 //! A stream read from its beginning, or from given positions, to where it stands now: every shard after
 //! its parents, new shards as they come.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::dynamo::RegionClients;
@@ -26,6 +26,8 @@ struct Reading {
     reader: ShardReader,
     parent: Option<ShardId>,
     ended: bool,
+    /// It was read beyond what is asked for: what follows, in its children as well, is no concern.
+    passed: bool,
     empty: u32,
     /// When the first of the empty pages was asked for, by the region's clock.
     empty_since_ms: i64,
@@ -125,6 +127,7 @@ impl Tail {
             reader: ShardReader::new(streams, &self.arn, &id, position),
             parent,
             ended: false,
+            passed: false,
             empty: 0,
             empty_since_ms: 0,
         };
@@ -143,8 +146,9 @@ impl Tail {
             let parent = reading.parent.as_ref();
             parent.is_none_or(|parent| !open.contains(parent))
         };
+        let is_due = |reading: &Reading| may(reading) && !reading.passed;
         open.iter()
-            .filter(|id| self.shards.get(**id).is_some_and(may))
+            .filter(|id| self.shards.get(**id).is_some_and(is_due))
             .map(|id| (*id).clone())
             .collect()
     }
@@ -154,7 +158,7 @@ impl Tail {
     pub(super) async fn round(
         &mut self,
         until_ms: i64,
-        records: &mut Vec<Read>,
+        records: &mut VecDeque<Read>,
     ) -> Result<bool, Fault> {
         self.list().await?;
         let mut passed = true;
@@ -205,9 +209,11 @@ impl Tail {
         Ok(passed)
     }
 
-    /// Reads everything there is now, once.
+    /// Reads everything there is now that was made until `until_ms`, once. Somebody may write on and on: a
+    /// shard is left at the first page with a later record, or that is empty and was asked for later.
     pub(super) async fn read_all(
         &mut self,
+        until_ms: i64,
         mut take: impl AsyncFnMut(&str, Read),
     ) -> Result<(), Fault> {
         self.list().await?;
@@ -218,9 +224,13 @@ impl Tail {
                 let Some(reading) = self.shards.get_mut(&id) else {
                     continue;
                 };
-                while !reading.ended && reading.empty < EMPTY_PAGES_PROVE {
+                while !reading.ended && !reading.passed && reading.empty < EMPTY_PAGES_PROVE {
                     let page = reading.reader.next(PAGE_RECORDS_MAX).await?;
                     reading.ended = page.end;
+                    reading.passed = page
+                        .records
+                        .iter()
+                        .any(|record| record.as_ref().is_ok_and(|made| made.created_ms > until_ms));
                     if page.records.is_empty() {
                         reading.empty += 1;
                         tokio::time::sleep(EMPTY_PAUSE).await;

@@ -1,6 +1,7 @@
 //! Takes a late write back, on condition that nobody has written the key since.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -10,13 +11,17 @@ use crate::backoff::Backoff;
 use crate::dynamo::RegionClients;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::batch_get;
+use crate::dynamo::transmit::{Bound, within};
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation, Policy, classify};
+use crate::lease::term::Term;
 
 /// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
 const ATTRIBUTES_MAX: usize = 150;
 /// How often it is tried while its failure may pass by itself.
 const ATTEMPTS_MAX: u32 = 20;
+/// Longest wait for the answer to a write.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -41,9 +46,10 @@ impl Undone {
     }
 }
 
-/// Makes the item under `keys` what is `right`, where it is still what the `late` write left.
+/// Makes the item under `keys` what is `right`, where it is still what the `late` write left; while `term`
+/// is good.
 pub(super) async fn undo(
-    region: &RegionClients,
+    (region, term): (&RegionClients, &Arc<Term>),
     table: &str,
     keys: &Item,
     late: &Held,
@@ -80,7 +86,18 @@ pub(super) async fn undo(
                 if now != *late {
                     return Ok(Undone::Overwritten);
                 }
-                write(region, table, keys, late, right).await
+                let bound: Arc<dyn Bound> = Arc::clone(term) as _;
+                let timeout = bound.remaining().min(WRITE_TIMEOUT);
+                let writing = write(region, table, keys, late, right);
+                let (answer, _) = within(bound, timeout, writing).await;
+                answer.unwrap_or_else(|| {
+                    Err(Fault::own(
+                        Operation::Write,
+                        Class::Network,
+                        "no answer in time",
+                        "the region did not answer within the timeout or the epoch",
+                    ))
+                })
             }
             Ok(_) => Err(Fault::own(
                 Operation::ReadReplica,
