@@ -10,6 +10,7 @@ use common::binary::Worker;
 use common::eventually;
 use common::stand::{n, s};
 use failover_support::{A, B, C, Group, LABELS, command, until_ready};
+use farshore::dynamo::clock::{host_ms, rfc3339};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -318,8 +319,17 @@ async fn two_failovers_to_different_regions_end_in_one_or_are_told() {
         assert_eq!(code, Some(2), "{said}");
         assert!(said.contains("--accept-loss conflict"), "{said}");
         let settle = ["--to", LABELS[B], "--accept-loss", "conflict"];
+        let before = rfc3339(host_ms() - 2_000);
         let (_, answer, said) = fail_over(&one, &settle).await;
         assert_eq!(answer["epoch"], 3, "{answer:#}\n{said}");
+        // Its own steps, and none of the one that was contradicted.
+        let steps = answer["done"].as_array().unwrap();
+        let at = steps.iter().map(|step| step["at"].as_str().unwrap());
+        assert!(at.clone().min() >= Some(before.as_str()), "{answer:#}");
+        assert!(
+            steps.iter().any(|step| step["step"] == "told"),
+            "{answer:#}"
+        );
         until_ready(&c, |body| body.contains("\"quarantined\"")).await;
         until_ready(&b, |body| body.contains("\"standby\":\"us-west-2\"")).await;
     } else {

@@ -58,6 +58,18 @@ async fn a_late_write_of_the_old_epoch_over_the_applications_is_undone() {
     let doubts = async || !group.rows_of(B, "doubt").await.is_empty();
     eventually("they are in doubt", PATIENCE, doubts).await;
     let config = group.config(B, "");
+    // Nobody has stopped the application of the old region: what it writes there on and on is no concern.
+    let old = group.clients[A].clone();
+    let writing = tokio::spawn(async move {
+        for v in 0u64.. {
+            common::stand::put(&old, failover_support::TABLE, "on and on", v).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    // A call that fails while one is taken back makes nobody forget it.
+    let refused = farshore::embedded::gateway::Fault::access_denied();
+    let refused = refused.on("PutItem").key("\"twice\"");
+    group.gateways[B].inject(refused.after(1).once());
     let switched = tokio::spawn(async move { fail_over(&config, &["--to", LABELS[B]]).await });
     let watching = async || group.told(B).await.is_some_and(|told| told.2 == "watching");
     eventually("it watches", PATIENCE, watching).await;
@@ -71,6 +83,7 @@ async fn a_late_write_of_the_old_epoch_over_the_applications_is_undone() {
     let gone = async || group.get(B, "gone").await.is_none();
     eventually("what was deleted is not back", PATIENCE, gone).await;
     let (code, answer, said) = switched.await.unwrap();
+    writing.abort();
     assert_eq!(code, Some(0), "{answer:#}\n{said}");
     assert_eq!(answer["late"]["undone"], 2, "{answer:#}");
     assert_eq!(answer["state"], "steady");
@@ -118,4 +131,10 @@ async fn what_a_dead_worker_sent_last_never_stands_over_a_newer_write() {
     assert_eq!(answer["late"]["arrived"], 1, "{answer:#}");
     assert_eq!(group.value(B, "over").await.as_deref(), Some("9"));
     assert_eq!(group.value(B, "alone").await.as_deref(), Some("2"));
+    // The next failover to it does not wait for the dead, and keeps the positions.
+    let rows = group.rows_of(B, "shard").await;
+    assert!(
+        rows.iter()
+            .all(|row| !row.contains_key("fencedOwner") && row.contains_key("fenced"))
+    );
 }

@@ -111,6 +111,44 @@ async fn a_planned_switchover_under_load_loses_nothing_and_says_how_long_writes_
     assert!(worker.stop().await.success());
 }
 
+/// A planned switchover that died while writes waited, and whose target went away with it, takes nothing out of
+/// service: once its time is over the active region says that it is active.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_planned_switchover_that_died_with_its_target_takes_no_region_out_of_service() {
+    let mut group = Group::new(16, 2).await;
+    group.provision(&[A, B]);
+    let (a, b) = (group.worker(A).await, group.worker(B).await);
+    group.put(A, "k", 1).await;
+    group.converge(A, B, 1).await;
+    let serves = async |wanted: u16| {
+        a.get("/active")
+            .await
+            .is_some_and(|(code, _)| code == wanted)
+    };
+    eventually("it serves", PATIENCE, async || serves(200).await).await;
+    let path = group.config(B, "").to_str().unwrap().to_owned();
+    let mut dying = common::binary::farshore(&[
+        "failover",
+        "--to",
+        LABELS[B],
+        "--planned",
+        "--within",
+        "2s",
+        "--apply",
+        "--config",
+        &path,
+    ]);
+    dying.env("FARSHORE_TEST_CRASH", "failover-closed");
+    let died = tokio::task::spawn_blocking(move || dying.output()).await;
+    assert_eq!(died.unwrap().unwrap().status.code(), None);
+    eventually("writes wait", PATIENCE, async || serves(503).await).await;
+    b.kill();
+    let silent = farshore::embedded::gateway::Outage::Silent;
+    group.gateways[B].go_away(silent).await;
+    eventually("it serves again", PATIENCE, async || serves(200).await).await;
+    assert!(a.stop().await.success());
+}
+
 /// An application that does not wait makes a planned switchover give up, and nothing has changed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_planned_switchover_that_is_never_quiet_is_given_up() {

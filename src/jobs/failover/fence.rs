@@ -255,6 +255,24 @@ mod tests {
         assert_eq!(rows.unsettled(2).len(), 1);
         assert_eq!(rows.holds().len(), 1);
         job.lease_owner = None;
+        // Between two segments a repair holds nothing, and will in a moment.
+        let mut plan: ReconcileRow = serde_json::from_value(serde_json::json!({
+            "leaseKey": "reconcile#1", "entityType": "reconcile", "formatVersion": 1, "epoch": 1, "job": "1",
+            "table": "t", "order": 0, "source": "a", "target": "b", "apply": true, "strategy": "mirror",
+            "maxDeletes": "0", "segments": 1, "items": 0, "at": "", "atMs": 0, "leaseCounter": 1, "until": 5,
+            "joined": 1,
+        }))
+        .unwrap();
+        let at = |plan: &ReconcileRow, now_ms| {
+            Writers::before(2, [Row::Reconcile(plan.clone())], now_ms)
+        };
+        assert_eq!(at(&plan, 5).unsettled(2).len(), 1);
+        assert!(
+            at(&plan, 6).unsettled(2).is_empty(),
+            "nobody is at it any more"
+        );
+        plan.apply = false;
+        assert!(at(&plan, 5).unsettled(2).is_empty());
         assert!(
             Writers::before(2, [Row::Job(job)], 0)
                 .unsettled(2)

@@ -9,7 +9,7 @@ use aws_sdk_dynamodb::types::TimeToLiveSpecification;
 use super::{Failover, Survey};
 use crate::backoff::Backoff;
 use crate::config::Config;
-use crate::dynamo::table::ttl_attribute;
+use crate::dynamo::table::{ttl_attribute, ttl_is_on};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Fault, Operation, Policy, classify, source_chain};
 
@@ -119,7 +119,7 @@ async fn set(region: &RegionClients, table: &str, attribute: &str, on: bool) -> 
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     for _ in 1..ATTEMPTS_MAX {
         // As it is to be already: the service refuses to do that again.
-        if ttl_attribute(&client, table).await?.is_some() == on {
+        if ttl_is_on(&client, table, attribute).await? == on {
             return Ok(());
         }
         let answer = client

@@ -217,12 +217,6 @@ impl Failover<'_> {
         let mut read: Option<Instant> = None;
         loop {
             let now_ms = self.now_ms();
-            if read.is_none_or(|at| at.elapsed() >= lease / 10) {
-                read = Some(Instant::now());
-                let begun = uptime();
-                self.reread().await?;
-                term.confirm(begun);
-            }
             let mut still = Vec::new();
             for table in open {
                 let begun = tokio::select! {
@@ -244,6 +238,13 @@ impl Failover<'_> {
             open = still;
             let mut passed = true;
             for one in &mut watched {
+                // Each time: the one before may have taken long.
+                if read.is_none_or(|at| at.elapsed() >= lease / 10) {
+                    read = Some(Instant::now());
+                    let begun = uptime();
+                    self.reread().await?;
+                    term.confirm(begun);
+                }
                 match self.look(one, (begun_ms, last_ms), &term, &mut found).await {
                     Ok(past) => {
                         passed &= past;
@@ -367,8 +368,8 @@ impl Failover<'_> {
     ) -> Result<HashMap<ItemKey, Key>, String> {
         let mut keys: HashMap<ItemKey, Key> = HashMap::new();
         let mut first_ms = fenced_ms;
-        // Later ones nobody has sent; stamps of one second need not be in order.
-        let until_ms = fenced_ms + 2 * MARGIN_MS;
+        // Later ones nobody has sent.
+        let until_ms = fenced_ms + MARGIN_MS;
         for (epoch, stream) in streams {
             let of_stream: Vec<(String, Position)> = ranges
                 .iter()

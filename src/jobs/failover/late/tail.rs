@@ -14,6 +14,8 @@ use crate::stream::{Shard, ShardId};
 /// Consecutive empty pages after which a shard counts as holding nothing more.
 const EMPTY_PAGES_PROVE: u32 = 5;
 const EMPTY_PAUSE: Duration = Duration::from_millis(100);
+/// A page with fewer records than this is the last one for now.
+const FULL_PAGE: usize = 100;
 /// Between two listings: DescribeStream is paced for others, too.
 const LIST_EVERY: Duration = Duration::from_secs(2);
 /// Pages of one shard in a round, so that one busy shard does not hold the others up.
@@ -231,11 +233,13 @@ impl Tail {
                         .records
                         .iter()
                         .any(|record| record.as_ref().is_ok_and(|made| made.created_ms > until_ms));
-                    if page.records.is_empty() {
-                        reading.empty += 1;
+                    match page.records.is_empty() {
+                        true => reading.empty += 1,
+                        false => reading.empty = 0,
+                    }
+                    if page.records.len() < FULL_PAGE {
+                        // It is read to where it stands now.
                         tokio::time::sleep(EMPTY_PAUSE).await;
-                    } else {
-                        reading.empty = 0;
                     }
                     for record in page.records {
                         take(&id.0, record).await;

@@ -88,6 +88,10 @@ pub(super) async fn undo(
                 }
                 let bound: Arc<dyn Bound> = Arc::clone(term) as _;
                 let timeout = bound.remaining().min(WRITE_TIMEOUT);
+                if timeout.is_zero() {
+                    // Nothing here confirms it: the next look does.
+                    return Err(epoch_unconfirmed());
+                }
                 let writing = write(region, table, keys, late, right);
                 let (answer, _) = within(bound, timeout, writing).await;
                 answer.unwrap_or_else(|| {
@@ -121,6 +125,15 @@ pub(super) async fn undo(
             Err(fault) => return Err(fault),
         }
     }
+}
+
+fn epoch_unconfirmed() -> Fault {
+    Fault::own(
+        Operation::State,
+        Class::Network,
+        "epoch not confirmed",
+        "the control record was not read for a lease",
+    )
 }
 
 /// That an item is still there as the late write left it, or still gone.
