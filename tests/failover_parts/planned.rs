@@ -1,5 +1,7 @@
 //! A planned switchover.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::common::eventually;
@@ -10,7 +12,8 @@ use crate::{PATIENCE, common, fail_over, failover_support};
 /// An application that heeds the control record: it writes where that says, waits while it says `closing`,
 /// and notes every write that was acknowledged.
 struct Application {
-    task: tokio::task::JoinHandle<Noted>,
+    tasks: Vec<tokio::task::JoinHandle<Noted>>,
+    written: Arc<AtomicU64>,
     stop: tokio_util::sync::CancellationToken,
 }
 
@@ -24,53 +27,80 @@ struct Noted {
 }
 
 impl Application {
-    fn start(group: &Group, every: Duration) -> Self {
+    /// So many writers, each of which writes so often, each to keys of its own.
+    fn start(group: &Group, writers: u64, every: Duration) -> Self {
         let stop = tokio_util::sync::CancellationToken::new();
-        let stopped = stop.clone();
-        let clients = group.clients.clone();
-        let state_table = group.state_table();
-        let task = tokio::spawn(async move {
-            let mut noted = Noted::default();
-            let mut place = Some(A);
-            let mut looked = Instant::now();
-            let mut last = Instant::now();
-            let mut ticks = tokio::time::interval(every);
-            let mut v = 0u64;
-            while !stopped.is_cancelled() {
-                ticks.tick().await;
-                if looked.elapsed() > Duration::from_millis(100) || place.is_none() {
-                    looked = Instant::now();
-                    let rows = common::stand::state_rows(&clients[B], &state_table).await;
-                    let control = rows
-                        .iter()
-                        .find(|row| row["entityType"] == s("control"))
-                        .unwrap();
-                    place = match (
-                        control["active"].as_s().unwrap(),
-                        control["state"].as_s().unwrap(),
-                    ) {
-                        (_, state) if state == "closing" || state == "fencing" => None,
-                        (active, _) if active == LABELS[A] => Some(A),
-                        _ => Some(B),
-                    };
-                }
-                let Some(place) = place else { continue };
-                v += 1;
-                let id = format!("k{}", v % 97);
-                common::stand::put(&clients[place], failover_support::TABLE, &id, v).await;
-                noted.waited = noted.waited.max(last.elapsed());
-                last = Instant::now();
-                noted.written[place] += 1;
-                noted.last.insert(id, v);
+        let written = Arc::new(AtomicU64::new(0));
+        let writer = |writer: u64| {
+            let stopped = stop.clone();
+            let clients = group.clients.clone();
+            let state_table = group.state_table();
+            let count = Arc::clone(&written);
+            let places = (clients, state_table);
+            tokio::spawn(Self::write(writer, every, places, count, stopped))
+        };
+        let tasks = (0..writers).map(writer).collect();
+        Self {
+            tasks,
+            written,
+            stop,
+        }
+    }
+
+    async fn write(
+        writer: u64,
+        every: Duration,
+        (clients, state_table): (Vec<aws_sdk_dynamodb::Client>, String),
+        count: Arc<AtomicU64>,
+        stopped: tokio_util::sync::CancellationToken,
+    ) -> Noted {
+        let mut noted = Noted::default();
+        let mut place = Some(A);
+        let mut looked = Instant::now();
+        let mut last = Instant::now();
+        let mut ticks = tokio::time::interval(every);
+        let mut v = 0u64;
+        while !stopped.is_cancelled() {
+            ticks.tick().await;
+            if looked.elapsed() > Duration::from_millis(100) || place.is_none() {
+                looked = Instant::now();
+                let asked = clients[B].get_item().table_name(&state_table);
+                let asked = asked.key("leaseKey", s("control")).consistent_read(true);
+                let control = asked.send().await.unwrap().item.unwrap();
+                place = match (
+                    control["active"].as_s().unwrap(),
+                    control["state"].as_s().unwrap(),
+                ) {
+                    (_, state) if state == "closing" || state == "fencing" => None,
+                    (active, _) if active == LABELS[A] => Some(A),
+                    _ => Some(B),
+                };
             }
-            noted
-        });
-        Self { task, stop }
+            let Some(place) = place else { continue };
+            v += 1;
+            let id = format!("k{writer}-{}", v % 97);
+            common::stand::put(&clients[place], failover_support::TABLE, &id, v).await;
+            noted.waited = noted.waited.max(last.elapsed());
+            last = Instant::now();
+            noted.written[place] += 1;
+            count.fetch_add(1, Ordering::Relaxed);
+            noted.last.insert(id, v);
+        }
+        noted
     }
 
     async fn stop(self) -> Noted {
         self.stop.cancel();
-        self.task.await.unwrap()
+        let mut all = Noted::default();
+        for task in self.tasks {
+            let noted = task.await.unwrap();
+            all.last.extend(noted.last);
+            all.waited = all.waited.max(noted.waited);
+            for (sum, written) in all.written.iter_mut().zip(noted.written) {
+                *sum += written;
+            }
+        }
+        all
     }
 }
 
@@ -81,8 +111,10 @@ async fn a_planned_switchover_under_load_loses_nothing_and_says_how_long_writes_
     group.lease = "3s";
     group.provision(&[B]);
     let worker = group.worker(B).await;
-    let application = Application::start(&group, Duration::from_millis(2));
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    // 500 a second.
+    let application = Application::start(&group, 4, Duration::from_millis(8));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = application.written.load(Ordering::Relaxed);
     let config = group.config(B, "");
     let (code, answer, said) = fail_over(
         &config,
@@ -94,11 +126,13 @@ async fn a_planned_switchover_under_load_loses_nothing_and_says_how_long_writes_
     let noted = application.stop().await;
     let told = answer["writesWaitedSeconds"].as_f64().unwrap();
     println!(
-        "{:?} writes; told {told} s, the application saw {:?}",
-        noted.written, noted.waited
+        "{:?} writes, {:.0} a second before it began; told {told} s, the application saw {:?}",
+        noted.written,
+        before as f64 / 2.0,
+        noted.waited
     );
     assert!(
-        noted.written[A] > 100 && noted.written[B] > 10,
+        noted.written[A] > 300 && noted.written[B] > 50,
         "{:?}",
         noted.written
     );

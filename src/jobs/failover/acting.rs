@@ -8,7 +8,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use super::{Ended, Failover, Watcher, overtaken};
+use super::rivals::overtaken;
+use super::{Ended, Failover, Watcher};
 use crate::actions::course::{Course, Standing};
 use crate::actions::{Moment, run_one};
 use crate::error::Failure;

@@ -17,6 +17,7 @@ mod acting;
 pub mod fence;
 pub mod late;
 pub mod planned;
+mod rivals;
 mod survey;
 pub mod ttl;
 
@@ -34,12 +35,13 @@ use crate::config::Config;
 use crate::dynamo::clock::rfc3339;
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault, Policy};
-use crate::lease::control::{Verdict, copy_for, newest, part, successor, verdict};
+use crate::lease::control::{copy_for, part, successor};
 use crate::lease::row::{ControlRow, ShardRow, state};
 use crate::lease::table::{StateTable, Written};
 use crate::mutation::crash;
 use fence::{Next, Writers};
 use late::Found;
+use rivals::{overtaken, overtaken_by};
 use survey::failed;
 use ttl::Ttl;
 
@@ -74,8 +76,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Between two looks at what the other regions say.
 const HEAR_EVERY: Duration = Duration::from_secs(1);
-/// How long they are waited for before what follows the fence begins.
-const HEAR_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long writes that came too late are counted.
 const LEFT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -593,16 +593,6 @@ impl<'a> Failover<'a> {
             let _ = self.state.replace(&next, row.lease_counter).await;
         }
     }
-
-    /// Gives up where somebody else has failed over to another region. Nobody waits for a region that does
-    /// not answer longer than a moment.
-    async fn refuse_overtaken(&self) -> Result<(), Ended> {
-        let looked = overtaken_by(self.survey, self.record.epoch);
-        match tokio::time::timeout(HEAR_TIMEOUT, looked).await {
-            Ok(Some(failure)) => Err(Ended::Overtaken(failure)),
-            Ok(None) | Err(_) => Ok(()),
-        }
-    }
 }
 
 /// What the owners of fenced leases may have sent.
@@ -616,59 +606,4 @@ fn in_flight(writers: &Writers) -> Vec<InFlight> {
             owner: row.fenced_owner.clone().unwrap_or_default(),
         })
         .collect()
-}
-
-fn overtaken(now: Option<&ControlRow>, to: &str) -> Failure {
-    match now {
-        Some(now) if now.active == to => Failure::new(
-            format!("Another failover to {to} is at work"),
-            format!("{} began it at {}", now.by, now.at),
-            "Type the same command again: it goes on with that one",
-        ),
-        Some(now) => Failure::new(
-            format!(
-                "Another failover was faster: {} is active in epoch {}",
-                now.active, now.epoch
-            ),
-            format!("{} wrote that at {} ({})", now.by, now.at, now.reason),
-            "Agree on one region; then fail over to it if it is still needed",
-        ),
-        None => Failure::new(
-            "The control record is gone",
-            "Somebody deleted it, or the state table was made anew",
-            "Find out who, and begin anew",
-        ),
-    }
-}
-
-fn contradicted(epoch: u64, rivals: &[String]) -> Failure {
-    Failure::new(
-        format!(
-            "Epoch {epoch} names several active regions: {}",
-            rivals.join(", ")
-        ),
-        "Two failovers to different regions began at once; nobody applies anything anywhere until a higher epoch exists",
-        "Agree on one region, and fail over to it once more with --accept-loss conflict",
-    )
-}
-
-/// Who has overtaken the failover that made `epoch`: two to different regions began at once, or one has begun
-/// since. Regions that do not answer say nothing.
-async fn overtaken_by(survey: &Survey, epoch: u64) -> Option<Failure> {
-    let asked = survey
-        .regions
-        .iter()
-        .map(async |seen| seen.state.control().await);
-    let answers = futures::future::join_all(asked).await;
-    let records: Vec<ControlRow> = answers
-        .into_iter()
-        .filter_map(|answer| answer.ok().flatten())
-        .collect();
-    match verdict(&records) {
-        Verdict::Conflict { epoch: of, actives } if of >= epoch => Some(contradicted(of, &actives)),
-        Verdict::Decided { active, epoch: of } if of > epoch => {
-            Some(overtaken(newest(&records, &active, of), &survey.to))
-        }
-        _ => None,
-    }
 }
