@@ -129,12 +129,15 @@ pub fn build(seen: Seen<'_>) -> View {
         .active
         .or(control.map(|control| control.active.as_str()));
     let source = active.unwrap_or(&seen.config.active).to_owned();
+    let reasons = &seen.facts.reasons;
     let is_idle = |reason: &Reason| IDLE_CODES.contains(&reason.code.as_str());
-    let quarantined = control.is_some_and(|own| {
-        part(seen.here, (&source, epoch), Some(own), [own]) == Part::Quarantined
-    });
+    // A worker that feeds nothing reads no rows, and says so itself.
+    let told = reasons.iter().any(|reason| reason.code == "quarantined");
+    let waits =
+        |own: &ControlRow| part(seen.here, (&source, epoch), Some(own), [own]) == Part::Quarantined;
+    let quarantined = told || control.is_some_and(waits);
     let mut builder = Builder {
-        feeds: source != seen.here && !quarantined && !seen.facts.reasons.iter().any(is_idle),
+        feeds: source != seen.here && !quarantined && !reasons.iter().any(is_idle),
         quarantined,
         active: active.map(str::to_owned),
         source,
@@ -577,8 +580,13 @@ impl<'a> Builder<'a> {
     }
 
     fn region(&self, label: &str) -> Region {
+        let listed = (self.seen.rows.control)
+            .is_some_and(|control| control.quarantined.iter().any(|waiting| waiting == label));
         let role = match label {
             label if label == self.source => RegionRole::Active,
+            label if listed || (self.quarantined && label == self.seen.here) => {
+                RegionRole::Quarantined
+            }
             label if label == self.seen.here => RegionRole::Replica,
             _ => RegionRole::Other,
         };
