@@ -61,8 +61,17 @@ async fn a_file_is_replaced_with_its_mode_and_through_links() {
     assert_eq!(text_of(&path), "us-west-2");
     assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o640);
     assert!(link.symlink_metadata().unwrap().is_symlink());
+    // What it points to is not there yet.
+    let (later, link) = (temp.path().join("later"), temp.path().join("early"));
+    symlink("later", &link).unwrap();
+    run(&file_action(&link, "{region}", ""))
+        .await
+        .result
+        .unwrap();
+    assert!(link.symlink_metadata().unwrap().is_symlink());
+    assert!(std::fs::read_to_string(&later).is_ok_and(|text| !text.is_empty()));
     // Nothing else is left in the folder.
-    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 2);
+    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 4);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -233,6 +233,7 @@ async fn a_failover_with_a_dead_worker_takes_a_lease_and_less_than_three_seconds
     let config = group.config(B, "");
     let (code, plan, _) = command(&config, &["failover", "--to", LABELS[B]]).await;
     assert_eq!(code, Some(1));
+    println!("{plan}");
     for told in [
         "us-east-1: does not answer",
         "does not stop the application",

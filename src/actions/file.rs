@@ -48,7 +48,11 @@ async fn blocking<T: Send + 'static>(
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     // A link stays one: what it points to is replaced.
     let target = match fs::canonicalize(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
+        // Also where that is not there yet, as after a start on a file system in memory.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(path) {
+            Ok(to) => path.parent().unwrap_or(Path::new("/")).join(to),
+            Err(_) => path.to_owned(),
+        },
         target => target?,
     };
     let folder = target.parent().unwrap_or(Path::new("/"));

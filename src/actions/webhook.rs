@@ -132,8 +132,13 @@ async fn read_secret(secret: &Secret) -> Result<Vec<u8>, Trouble> {
             let read = move || {
                 let mut bytes = Vec::new();
                 let file = std::fs::File::open(path)?;
-                file.take(SECRET_BYTES_MAX).read_to_end(&mut bytes)?;
-                std::io::Result::Ok(bytes)
+                file.take(SECRET_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+                match bytes.len() as u64 > SECRET_BYTES_MAX {
+                    true => Err(std::io::Error::other(
+                        "it is longer than 64 KiB, so it is no secret",
+                    )),
+                    false => std::io::Result::Ok(bytes),
+                }
             };
             let read = tokio::task::spawn_blocking(read).await;
             let bytes = read

@@ -217,15 +217,21 @@ fn loss_line(survey: &Survey) -> String {
 }
 
 fn table_line(table: &TableSeen) -> String {
-    let until = |ms: Option<i64>, age_s: Option<f64>| match (ms, age_s) {
-        (Some(ms), Some(age_s)) => format!("until {} ({} ago)", rfc3339(ms), span(age_s)),
-        _ => "until nobody knows when".to_owned(),
+    let until = |ms: Option<i64>, age_s: Option<f64>| {
+        let (ms, age_s) = ms.zip(age_s)?;
+        Some(format!("{} ({} ago)", rfc3339(ms), span(age_s)))
     };
-    let applied = format!(
-        "all is applied, proven {}, estimated {}",
-        until(table.moments.proven_ms, table.age.proven_s),
-        until(table.moments.estimated_ms, table.age.estimated_s)
-    );
+    let proven = until(table.moments.proven_ms, table.age.proven_s);
+    let estimated = until(table.moments.estimated_ms, table.age.estimated_s);
+    let applied = match (proven, estimated) {
+        (Some(proven), Some(estimated)) => {
+            format!("all is applied until {proven}, proven; until {estimated}, estimated")
+        }
+        (None, Some(estimated)) => {
+            format!("all is applied until {estimated}, estimated; nothing is proven")
+        }
+        _ => "up to when all is applied is not known: anything may be missing".to_owned(),
+    };
     let headroom = table.headroom_s.map_or_else(String::new, |seconds| {
         format!(
             "; the stream remembers what waits for {} h {} min",
