@@ -14,7 +14,7 @@ COPY src src
 COPY bench bench
 COPY README.md LICENSE ./
 # Without the embedded DynamoDB: production has the real one.
-RUN cargo build --release --locked --no-default-features --bin farshore
+RUN cargo build --release --locked --no-default-features --features actions --bin farshore
 
 # No shell in here: the worker, its libraries and the certificates of the base image.
 FROM ${RUN_IMAGE}

@@ -4,6 +4,7 @@
 //! section 2). [`keys`] lists every key once; [`read`] turns a file plus `FARSHORE_…` variables
 //! into a [`Config`], or into an error that names the dotted field and its line.
 
+pub mod actions;
 pub mod keys;
 pub mod read;
 mod reconcile;
@@ -18,6 +19,7 @@ use aws_smithy_types::date_time::Format;
 use bytesize::ByteSize;
 use serde::{Deserialize, Deserializer};
 
+pub use actions::Action;
 pub use reconcile::{Audit, MaxDeletes, OnGap, Reconcile};
 
 /// The value of `endpoint_url` that asks for a DynamoDB inside this process.
@@ -56,6 +58,9 @@ pub struct Config {
     /// Comparing them all the time.
     #[serde(default)]
     pub audit: Audit,
+    /// What happens after the fence of a failover, in order.
+    #[serde(default, deserialize_with = "actions::deserialize")]
+    pub actions: Vec<Action>,
 }
 
 /// How a region is reached.

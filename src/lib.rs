@@ -38,6 +38,8 @@
 //! * [`run`] puts the worker together and stops it in order; [`run::table`] follows a table,
 //!   [`run::stream`] one of its streams, [`run::shard`] a shard.
 //! * [`lease::control`] (pure) decides which region is active.
+//! * [`actions`] tell everybody else after a failover; [`observe::whereabouts`] answers those who ask,
+//!   and [`run::records`] knows it.
 //! * [`jobs`] are one-shot: provision, redrive, reconcile. What writes holds a row ([`lease::hold`]).
 //! * [`error`] maps every error to one policy, and holds the sentences that people read.
 //! * [`dynamo`] makes the SDK clients, and knows items, keys and tables.
@@ -46,6 +48,7 @@
 //! * `embedded` (cargo feature) is a DynamoDB inside the program, and a gateway that does to it
 //!   what AWS does.
 
+pub mod actions;
 pub mod apply;
 pub mod backoff;
 pub mod cli;

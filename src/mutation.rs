@@ -20,6 +20,14 @@ pub enum Mutation {
     Nonce,
     /// A tap that cannot be seen counts as open.
     Tap,
+    /// A writer goes on although its epoch is over.
+    Epoch,
+    /// A term does not end by itself.
+    Term,
+    /// A region that was active is fed like any other.
+    Quarantine,
+    /// Nobody looks for writes of an old epoch that take effect late.
+    Late,
 }
 
 impl Mutation {
@@ -32,6 +40,10 @@ impl Mutation {
             Mutation::Checkpoint => "checkpoint",
             Mutation::Nonce => "nonce",
             Mutation::Tap => "tap",
+            Mutation::Epoch => "epoch",
+            Mutation::Term => "term",
+            Mutation::Quarantine => "quarantine",
+            Mutation::Late => "late",
         }
     }
 }

@@ -4,6 +4,7 @@
 //!   start: find the role ─▶ listen ─▶ read the state table ─▶ follow each table ─▶ its shards
 //!   stop:  the others are told ─▶ shards drain, checkpoint, release ─▶ tables ─▶ its row ─▶ state table
 //!          ─▶ metrics and health
+//!   the epoch is over:  drained as for a stop ─▶ the newer record is stored ─▶ acknowledged ─▶ find the role
 //! ```
 
 pub mod ahead;
@@ -21,6 +22,8 @@ pub mod letters;
 pub mod lookout;
 pub mod member;
 pub mod proven;
+pub mod records;
+pub mod role;
 pub mod rows;
 pub mod seen;
 pub mod shard;
@@ -46,11 +49,15 @@ use crate::apply::batch::Writer;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table};
+use crate::dynamo::Regions;
 use crate::error::Exit;
 use crate::lease::budget_keeper::BudgetKeeper;
+use crate::lease::control::Heed;
+use crate::lease::term::Term;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
 use crate::observe::liveness::{Limits, PULSE_EVERY};
+use crate::observe::whereabouts::Whereabouts;
 use crate::observe::{metrics, server};
 use crate::stream::listing::Lister;
 use ahead::Ahead;
@@ -59,8 +66,9 @@ use doubts::repair_doubts;
 use fleet::Fleet;
 use halt::Halts;
 use member::Member;
+use records::{Records, watch_term};
 use rows::{Snapshot, watch_rows};
-use seen::{Feeding, Standby};
+use seen::Feeding;
 use start::{Feed, Role};
 
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -75,26 +83,30 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// A worker, ready to run.
 pub struct Worker {
-    config: Config,
-    here: String,
+    loaded: Loaded,
+    regions: Arc<Regions>,
     role: Role,
     listener: TcpListener,
     metrics: Option<PrometheusHandle>,
     health: Arc<Health>,
     board: Arc<Board>,
+    whereabouts: Whereabouts,
 }
 
 impl Worker {
-    /// A worker in `role` that serves metrics and health on `listener`.
+    /// A worker in `role` that serves metrics and health on `listener`. It finds its role anew in `regions`
+    /// whenever the active region changes.
     pub fn new(
         loaded: Loaded,
+        regions: Arc<Regions>,
         role: Role,
         listener: TcpListener,
         metrics: Option<PrometheusHandle>,
     ) -> Self {
         Self {
-            config: loaded.config,
-            here: loaded.here,
+            whereabouts: Whereabouts::new(&loaded, &regions),
+            loaded,
+            regions,
             role,
             listener,
             metrics,
@@ -117,7 +129,7 @@ impl Worker {
     pub async fn run(self, stop: CancellationToken) -> Exit {
         // Before anybody can ask: who asked early is answered first.
         if matches!(self.role, Role::Feed(_)) {
-            for table in &self.config.tables {
+            for table in &self.loaded.config.tables {
                 self.health.set_starting(&table.name);
             }
         }
@@ -127,36 +139,20 @@ impl Worker {
             self.listener,
             Arc::clone(&self.health),
             self.metrics.clone(),
-            Arc::clone(&stage),
+            stage.clone(),
+            self.whereabouts.clone(),
             serving.clone(),
         ));
-        let exit = match self.role {
-            Role::Standby { active } => {
-                tracing::info!(
-                    active,
-                    "standby: this region is active, nothing is fed into it"
-                );
-                self.health.set_standby(&active);
-                metrics::standby();
-                let standby = Standby::new(self.config, self.here, active, &self.health);
-                // It is set nowhere else.
-                let _ = stage.set(Arc::new(standby));
-                beat(&self.health, None, self.metrics.as_ref(), &stop).await;
-                Exit::Done
-            }
-            Role::Feed(feed) => {
-                let health = Arc::clone(&self.health);
-                feed_until(
-                    self.config,
-                    *feed,
-                    health,
-                    (self.board, stage),
-                    self.metrics.as_ref(),
-                    &stop,
-                )
-                .await
-            }
+        let roles = role::Roles {
+            loaded: self.loaded,
+            regions: self.regions,
+            health: self.health,
+            board: self.board,
+            whereabouts: self.whereabouts,
+            metrics: self.metrics,
+            stage,
         };
+        let exit = roles.play(self.role, &stop).await;
         serving.cancel();
         // Ends when its last connection does, which nobody should have to wait for.
         let _ = tokio::time::timeout(HEARTBEAT, server).await;
@@ -164,23 +160,43 @@ impl Worker {
     }
 }
 
-/// Feeds the replicas until `stop`, then drains.
+/// How feeding ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Fed {
+    /// As it was asked to.
+    Stopped(Exit),
+    /// Its epoch is over, and that is acknowledged.
+    Over,
+}
+
+/// Feeds the replicas until `stop` or until the epoch is over, then drains.
 async fn feed_until(
     config: Config,
     feed: Feed,
+    records: Arc<Records>,
     health: Arc<Health>,
-    (board, stage): (Arc<Board>, server::Stage),
+    (board, stage): (Arc<Board>, &server::Stage),
     metrics: Option<&PrometheusHandle>,
     stop: &CancellationToken,
-) -> Exit {
+) -> Fed {
     let (snapshots, rows) = watch::channel(Arc::new(Snapshot::default()));
     let grace = config.worker.shutdown_grace;
     let owner = owner();
+    let term = Term::new(feed.epoch, config.leases.duration, feed.begun);
+    for (region, record) in &feed.records {
+        records.note(region, record.clone());
+    }
+    // Before anything is written in a later epoch: a worker that starts anew while nobody else answers must
+    // not go back to an older one.
+    if feed.epoch > 1 && !records.adopt_patiently(stop).await {
+        return Fed::Stopped(Exit::Done);
+    }
     let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
-        writers: writers(&config, &feed, &budgets),
+        writers: writers(&config, &feed, (&term, &budgets)),
         budgets,
         epoch: feed.epoch,
+        term,
         fleet: Arc::new(Fleet::new(&owner, feed.epoch, config.leases.duration)),
         member: Member::new(feed.state.clone(), &owner, feed.epoch),
         owner,
@@ -208,32 +224,34 @@ async fn feed_until(
         owner = shared.owner,
         "feeding"
     );
-    // It is set nowhere else.
-    let _ = stage.set(Arc::new(Feeding::new(&shared)));
+    stage.put(Arc::new(Feeding::new(&shared)));
     shared.health.expect_life(Limits::of(&shared.config));
     metrics::begin_worker();
+    // Cancelled with `stop`, and at once when the epoch is over.
+    let ending = stop.child_token();
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
     keepers.spawn(member::keep_budgets(Arc::clone(&shared)));
+    keepers.spawn(keep_term(Arc::clone(&shared), Arc::clone(&records)));
     let mut repairs = JoinSet::new();
     for table in &shared.config.tables {
         repairs.spawn(keep_repairing(
             Arc::clone(&shared),
             table.clone(),
-            stop.clone(),
+            ending.clone(),
         ));
         repairs.spawn(keep_mending(
             Arc::clone(&shared),
             table.clone(),
-            stop.clone(),
+            ending.clone(),
         ));
         repairs.spawn(keep_auditing(
             Arc::clone(&shared),
             table.clone(),
-            stop.clone(),
+            ending.clone(),
         ));
     }
     let beating = CancellationToken::new();
@@ -249,22 +267,43 @@ async fn feed_until(
         ));
     }
     let drain = async {
-        stop.cancelled().await;
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = shared.term.over().cancelled() => {}
+        }
         tracing::info!(grace_seconds = grace.as_secs_f64(), "draining");
-        tokio::time::timeout(grace, async {
-            member::leave(&shared).await;
+        let drained = tokio::time::timeout(grace, async {
+            match shared.is_in_epoch() {
+                true => member::leave(&shared).await,
+                // Every moment counts, and there is nobody to leave anything to.
+                false => shared.fleet.leave(),
+            }
+            ending.cancel();
             draining.cancel();
             let mut clean = true;
             while let Some(ended) = tables.join_next().await {
                 clean &= ended.unwrap_or(false);
             }
             while repairs.join_next().await.is_some() {}
-            if clean {
-                member::depart(&shared).await;
-            }
             clean
         })
-        .await
+        .await;
+        // It may have ended while this worker was asked to stop: that is acknowledged as well.
+        let why = shared.term.why().cloned();
+        if let Some(epoch) = why.as_ref().and_then(Heed::epoch) {
+            // Whatever is left of them sends nothing any more.
+            tables.shutdown().await;
+            repairs.shutdown().await;
+            if records.adopt_patiently(stop).await {
+                // What is stored there now may be later still.
+                let epoch = records.own().map_or(epoch, |own| own.epoch.max(epoch));
+                member::acknowledge(&shared, epoch, stop).await;
+            }
+        }
+        if stop.is_cancelled() && drained == Ok(true) {
+            member::depart(&shared).await;
+        }
+        drained
     };
     // The heart beats until the very end: draining is life.
     let drained = tokio::select! {
@@ -274,21 +313,46 @@ async fn feed_until(
     match drained {
         Ok(true) => {
             tracing::info!("drained: what was under way is applied, checkpointed and released");
-            Exit::Done
         }
         Ok(false) => {
             tracing::error!(
                 "not all shards could be released; the next worker waits for their leases to expire and goes on from the last checkpoint"
             );
-            Exit::Remains
         }
+        // Writes may be in flight, so leases are not released: they expire.
         Err(_) => {
-            // Writes may be in flight, so leases are not released: they expire.
             tracing::error!(
                 "the grace ran out before everything was applied; the next worker goes on from the last checkpoint"
             );
-            Exit::Remains
         }
+    }
+    match (stop.is_cancelled(), drained) {
+        (false, _) => Fed::Over,
+        (true, Ok(true)) => Fed::Stopped(Exit::Done),
+        (true, _) => Fed::Stopped(Exit::Remains),
+    }
+}
+
+/// Keeps the control records read: without them the term ends, and nothing is written. A reader that
+/// dies is started again.
+async fn keep_term(shared: Arc<Shared>, records: Arc<Records>) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let mut task = JoinSet::new();
+        task.spawn(watch_term(
+            Arc::clone(&records),
+            Arc::clone(&shared.term),
+            (shared.epoch, shared.source.label.clone()),
+            Arc::clone(&shared.health),
+            Arc::clone(&shared.target.clock),
+        ));
+        task.join_next().await;
+        if !shared.is_in_epoch() {
+            return;
+        }
+        tracing::error!("the reader of the control records ended by itself; it starts over");
+        shared.health.task_died("records", "");
+        tokio::time::sleep(backoff.pause()).await;
     }
 }
 
@@ -445,18 +509,23 @@ async fn keep_auditing(shared: Arc<Shared>, table: Table, stop: CancellationToke
 }
 
 /// One writer for each replica.
-fn writers(config: &Config, feed: &Feed, budgets: &BudgetKeeper) -> BTreeMap<String, Arc<Writer>> {
+fn writers(
+    config: &Config,
+    feed: &Feed,
+    (term, budgets): (&Arc<Term>, &BudgetKeeper),
+) -> BTreeMap<String, Arc<Writer>> {
     let writer = |table: &Table| {
         let budget = budgets.budget(&table.name);
         let key = feed.keys.get(&table.name).cloned().unwrap_or_default();
-        Arc::new(Writer::new(
+        let writer = Writer::new(
             feed.target.tables.clone(),
             table.name_in(&feed.target.label),
             &table.name,
             budget,
             config.dead_letters.max_attempts,
             key,
-        ))
+        );
+        Arc::new(writer.within_term(Arc::clone(term)))
     };
     config
         .tables

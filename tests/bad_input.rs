@@ -67,6 +67,35 @@ async fn a_missing_or_wrong_file() {
     assert!(stderr(&output).contains("--nonsense"));
 }
 
+/// An action that could not be done when it is needed is refused when the file is read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn actions_that_cannot_be_done() {
+    let stand = Stand::embedded().await;
+    for (action, parts) in [
+        (
+            "kind = \"file\"\npath = \"/etc/active\"\ncontent = \"{regoin}\"",
+            ["line 25, actions[].content", "{regoin}", "{region}"],
+        ),
+        (
+            "kind = \"command\"",
+            ["line 22, actions[0].command", "missing", "docs/ACTIONS.md"],
+        ),
+        (
+            "kind = \"webhook\"\nurl = \"https://user:hidden@x/\"",
+            ["line 24, actions[0].url", "password", "secret_env"],
+        ),
+        (
+            "kind = \"ssm_parameter\"\nparameter = \"/a\"\nvalue = \"x\"\nregion = \"mars\"",
+            ["line 26, actions[0].region", "`mars`", "{previous}"],
+        ),
+    ] {
+        let config = stand.config(&["orders"], &format!("[[actions]]\n{action}\n"));
+        let text = refused(&config);
+        contains(&text, &parts);
+        assert!(!text.contains("hidden"), "{text}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_source_without_a_usable_stream() {
     let stand = Stand::embedded().await;

@@ -69,6 +69,17 @@ with_peers! {
     letters_fit_the_largest_message => peers_support::sizes::letters_fit_the_largest_message;
     letters_fit_a_queue_with_a_lower_limit => peers_support::sizes::letters_fit_a_queue_with_a_lower_limit;
     a_queue_too_small_for_any_letter_is_refused => peers_support::sizes::a_queue_too_small_for_any_letter_is_refused;
+    a_parameter_says_where_the_active_region_is => peers_support::actions::a_parameter_says_where_the_active_region_is;
+    a_topic_tells_its_subscribers => peers_support::actions::a_topic_tells_its_subscribers;
+    a_record_points_to_the_active_region => peers_support::actions::a_record_points_to_the_active_region;
+    a_service_that_is_away_is_asked_again => peers_support::actions::a_service_that_is_away_is_asked_again;
+    the_health_checks_of_the_example_are_taken => peers_support::actions::the_health_checks_of_the_example_are_taken;
     what_boto3_writes_while_the_worker_runs_arrives => peers_support::main_job::what_boto3_writes_while_the_worker_runs_arrives;
     what_boto3_writes_while_the_worker_is_killed_arrives => peers_support::main_job::what_boto3_writes_while_the_worker_is_killed_arrives;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs the python of the peers, which .ci/peers installs, and openssl"]
+async fn a_webhook_goes_over_tls() {
+    peers_support::actions::a_webhook_goes_over_tls("a_webhook_goes_over_tls").await;
 }

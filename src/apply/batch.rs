@@ -19,6 +19,7 @@ use crate::dynamo::table::{KeyPart, describe, primary_key, show_key};
 use crate::dynamo::transmit::{Bound, Left, within};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
+use crate::lease::term::{EPOCH_HEADER, Term, within_term};
 use crate::observe::metrics;
 use crate::stream::sequence::SequenceNumber;
 
@@ -79,6 +80,8 @@ pub struct Writer {
     key: Vec<KeyPart>,
     /// When the replica was last seen to have that key.
     key_seen: Mutex<Option<Instant>>,
+    /// The right to write in the epoch at all.
+    term: Option<Arc<Term>>,
 }
 
 /// What one call did to its operations.
@@ -109,6 +112,16 @@ impl Writer {
             max_attempts,
             key,
             key_seen: Mutex::new(None),
+            term: None,
+        }
+    }
+
+    /// The same, whose writes leave only while `term` is good as well.
+    #[must_use]
+    pub fn within_term(self, term: Arc<Term>) -> Self {
+        Self {
+            term: Some(term),
+            ..self
         }
     }
 
@@ -334,6 +347,7 @@ impl Writer {
         ops: &[Op],
         unanswered: &mut Option<SequenceNumber>,
     ) -> Answer {
+        let bound = &within_term(bound, self.term.as_ref());
         let remaining = bound.remaining();
         if remaining <= LEASE_MARGIN {
             payment.give_back();
@@ -346,12 +360,18 @@ impl Writer {
                 return Answer::Failed(fault);
             }
         };
+        let epoch = self.term.as_ref().map(|term| term.epoch().to_string());
         let call = self
             .client
             .batch_write_item()
             .request_items(&self.target, Vec::new())
             .customize()
-            .mutate_request(move |request| replace_body(request, &body))
+            .mutate_request(move |request| {
+                replace_body(request, &body);
+                if let Some(epoch) = &epoch {
+                    request.headers_mut().insert(EPOCH_HEADER, epoch.clone());
+                }
+            })
             .send();
         // Not answered before the lease's end is as good as not answered.
         let timeout = ATTEMPT_TIMEOUT.min(remaining - LEASE_MARGIN);

@@ -15,6 +15,7 @@ use crate::dynamo::transmit::{Bound, Left, within};
 use crate::dynamo::value::{Item, item_bytes};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
+use crate::lease::term::{Term, within_term};
 use crate::repair::Attempts;
 use crate::stream::change::write_units;
 
@@ -57,6 +58,8 @@ pub struct Conditional {
     key_names: Vec<String>,
     budget: Arc<Budget>,
     lane: Budget,
+    /// The right to write in the epoch at all.
+    term: Option<Arc<Term>>,
 }
 
 /// What came of a call: the units it took, where the service says so.
@@ -71,6 +74,16 @@ impl Conditional {
             key_names,
             lane: budget.lane(),
             budget,
+            term: None,
+        }
+    }
+
+    /// The same, whose writes leave only while `term` is good as well.
+    #[must_use]
+    pub fn within_term(self, term: Arc<Term>) -> Self {
+        Self {
+            term: Some(term),
+            ..self
         }
     }
 
@@ -163,6 +176,7 @@ impl Conditional {
             () = stop.cancelled() => return Put::Stopped,
             payment = Payment::of(&self.lane, &self.budget, std::slice::from_ref(&units)) => payment,
         };
+        let bound = &within_term(bound, self.term.as_ref());
         let remaining = bound.remaining();
         if remaining <= BOUND_MARGIN {
             payment.give_back();

@@ -70,7 +70,7 @@ async fn demo(args: &Args, stop_writing: CancellationToken) -> Result<Exit, Fail
     let letters = tempfile_directory();
     let loaded = configuration(&letters)?;
     let handle = metrics::install(&loaded.config.group)?;
-    let regions = Regions::connect(&loaded.config).await?;
+    let regions = Arc::new(Regions::connect(&loaded.config).await?);
     local::prepare(&loaded, &regions).await?;
     let listener = server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
     let address = listener.local_addr().ok();
@@ -89,7 +89,7 @@ async fn demo(args: &Args, stop_writing: CancellationToken) -> Result<Exit, Fail
     if let Some(address) = address {
         eprintln!("page http://{address}/   metrics http://{address}/metrics");
     }
-    let worker = Worker::new(loaded, role, listener, Some(handle));
+    let worker = Worker::new(loaded, Arc::clone(&regions), role, listener, Some(handle));
     let (board, health) = (worker.board(), worker.health());
     let stop_worker = CancellationToken::new();
     let working = tokio::spawn(worker.run(stop_worker.clone()));

@@ -6,6 +6,7 @@ mod dead_letters;
 mod demo;
 #[cfg(feature = "embedded")]
 mod demo_load;
+mod failover;
 mod health;
 mod one_shot;
 mod provision;
@@ -113,6 +114,14 @@ enum Command {
     /// Without --apply nothing is changed. Exit code 0: equal, or repaired and verified; 1:
     /// differences remain; 2: could not run, or not to the end; 130: cut short.
     Reconcile(reconcile::Args),
+    /// Makes another region the active one: fenced by its epoch, resumable, one command
+    ///
+    /// Without --apply it says what it would do, what may be lost, and what it does not fence. With it,
+    /// the new epoch is stored in the target region, every writer of the old one is stopped or outwaited,
+    /// and the exact positions are kept. Until then only the target region has to answer. The same command
+    /// goes on where one that was killed stopped. Exit code 0: done; 1: only planned, or something remains
+    /// that it names; 2: could not be done.
+    Failover(failover::Args),
     /// Asks a running worker whether it lives: the probe of a container
     Health,
     /// Two embedded regions, a live workload, the worker; ends with a comparison of both tables
@@ -176,6 +185,7 @@ async fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Command::DeadLetters(args) => dead_letters::run(loaded(&cli.common)?, &args).await,
         Command::Redrive(args) => redrive::run(loaded(&cli.common)?, &args).await,
         Command::Reconcile(args) => reconcile::run(loaded(&cli.common)?, &args).await,
+        Command::Failover(args) => failover::run(loaded(&cli.common)?, &args).await,
         Command::Health => health::run(loaded(&cli.common)?).await,
         #[cfg(feature = "embedded")]
         Command::Demo(args) => demo::run(&args).await,

@@ -5,17 +5,20 @@ use std::io::IsTerminal;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::dynamo::RegionClients;
-use crate::dynamo::clock::rfc3339;
+use crate::dynamo::clock::{rfc3339, uptime};
+use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault};
+use crate::lease::control::{Heed, Part, part};
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::{JobRow, Row, comparison_rows, comparisons};
+use crate::lease::row::{ControlRow, JobRow, Row, comparison_rows, comparisons};
 use crate::lease::rules::{Observer, take_name};
 use crate::lease::table::StateTable;
+use crate::lease::term::Term;
 use crate::run::start::unusable;
 
 /// The flow that is written in.
@@ -36,8 +39,25 @@ pub(super) struct Flow<'a> {
     pub(super) other: Option<&'a StateTable>,
     /// Label of the region that is read from.
     pub(super) source: &'a str,
+    /// Label of the region that is written to.
+    pub(super) target: &'a str,
+    /// The other state tables of the group: a later epoch counts wherever it is seen.
+    pub(super) elsewhere: &'a [StateTable],
+    /// The right to write in the epoch: each look confirms it.
+    pub(super) term: &'a Term,
     /// Whether a worker that feeds the tables in this direction is in the way, too.
     pub(super) is_alone: bool,
+}
+
+/// The state tables of all regions but `known`.
+pub(super) fn elsewhere(config: &Config, regions: &Regions, known: &[&str]) -> Vec<StateTable> {
+    let others = regions
+        .iter()
+        .filter(|region| !known.contains(&region.label.as_str()));
+    let patience = config.leases.duration / 3;
+    others
+        .map(|region| StateTable::new(region.tables_within(patience), config.state_table()))
+        .collect()
 }
 
 /// Whether somebody feeds the tables that are read from.
@@ -74,10 +94,23 @@ impl Flow<'_> {
     /// Why nothing may be written now: the epoch has moved, somebody feeds the other way round, or a tap
     /// is closed.
     async fn closed(&self, owners: &mut Owners) -> Result<Option<Closed>, Fault> {
+        let begun = uptime();
         // The own state table first: what it says counts, whether the other one answers or not.
         if let Some(why) = self.moved(self.state).await? {
             return Ok(Some(Closed::Until(why)));
         }
+        // Best effort: one that does not answer says nothing.
+        let asked = self.elsewhere.iter().map(|state| self.moved(state));
+        if let Some(why) = join_all(asked).await.into_iter().flatten().flatten().next() {
+            return Ok(Some(Closed::Until(why)));
+        }
+        // A region that is to become active says so in its own state table first, and that may be this one.
+        if let Some(other) = self.other
+            && let Some(why) = self.moved(other).await?
+        {
+            return Ok(Some(Closed::Until(why)));
+        }
+        self.term.confirm(begun);
         if self.heeds_tap
             && let Some(why) = self.tap_is_closed().await?
         {
@@ -128,11 +161,31 @@ impl Flow<'_> {
         let is_another = |epoch, active: &str| {
             epoch > self.epoch || (epoch == self.epoch && active != self.active)
         };
-        let control = control.filter(|control| is_another(control.epoch, &control.active));
-        Ok(control.map(|control| {
-            let (active, epoch) = (control.active, control.epoch);
-            format!("the active region is {active} since epoch {epoch}")
-        }))
+        let is_torn =
+            |control: &ControlRow| !control.rivals.is_empty() && control.epoch >= self.epoch;
+        let Some(control) = control else {
+            return Ok(None);
+        };
+        let (active, epoch) = (&control.active, control.epoch);
+        if is_another(epoch, active) || is_torn(&control) {
+            let why = match control.rivals.is_empty() {
+                true => format!("the active region is {active} since epoch {epoch}"),
+                false => format!("epoch {epoch} names several active regions"),
+            };
+            self.term.end(Heed::Over {
+                epoch,
+                active: active.clone(),
+            });
+            return Ok(Some(why));
+        }
+        let current = (self.active, self.epoch);
+        Ok(match part(self.target, current, None, [&control]) {
+            Part::Quarantined => Some(format!(
+                "{} is in quarantine: it may hold writes that never left it",
+                self.target
+            )),
+            Part::Active | Part::Fed => None,
+        })
     }
 
     async fn tap_is_closed(&self) -> Result<Option<String>, Fault> {
@@ -334,6 +387,11 @@ impl Line {
 
     pub(super) fn say(&self, message: String) {
         self.0.set_message(message);
+    }
+
+    /// A line on stderr that stays, terminal or not.
+    pub(super) fn above(&self, message: &str) {
+        self.0.suspend(|| eprintln!("{message}"));
     }
 }
 

@@ -153,6 +153,14 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
             return Err(failure);
         }
     };
+    if stored && asked.apply {
+        // A failover that began before the job was stored has not seen it: then its record is there to be
+        // seen.
+        if let Err(failure) = ground.flow(&asked.tables)?.refuse_closed().await {
+            forget(args);
+            return Err(failure);
+        }
+    }
     eprintln!("{}", ground.plan(&pairs).await);
     if stored {
         eprintln!(
@@ -350,18 +358,23 @@ impl Ground<'_> {
         };
         let key_names: Vec<String> = pair.key.iter().map(|part| part.name.clone()).collect();
         let repairs = self.asked.apply.then(|| {
+            let term = &self.term;
             let (client, name) = (&self.target.tables, table.name_in(&self.target.label));
             Repairs {
-                writer: Arc::new(Writer::new(
-                    client.clone(),
-                    name,
-                    &table.name,
-                    Arc::clone(&budget),
-                    config.dead_letters.max_attempts,
-                    pair.key.clone(),
-                )),
+                writer: Arc::new(
+                    Writer::new(
+                        client.clone(),
+                        name,
+                        &table.name,
+                        Arc::clone(&budget),
+                        config.dead_letters.max_attempts,
+                        pair.key.clone(),
+                    )
+                    .within_term(Arc::clone(term)),
+                ),
                 heard_by: None,
-                conditional: Conditional::new(client.clone(), name, key_names.clone(), budget),
+                conditional: Conditional::new(client.clone(), name, key_names.clone(), budget)
+                    .within_term(Arc::clone(term)),
                 max_deletes: self
                     .asked
                     .max_deletes

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::one_shot::{Flow, Line};
+use super::one_shot::{Flow, Line, elsewhere};
 use super::{answer, answer_json};
 use crate::config::TtlDeletes;
 use crate::config::read::Loaded;
@@ -24,9 +24,10 @@ use crate::lease::budget_keeper::BudgetKeeper;
 use crate::lease::hold::Hold;
 use crate::lease::row::{JobRow, Row, known_table_id};
 use crate::lease::table::StateTable;
+use crate::lease::term::Term;
 use crate::repair::KeepExpired;
 use crate::run::owner;
-use crate::run::start::{Feed, Role, find_active, find_role, unusable};
+use crate::run::start::{Feed, Role, find_role, find_standing, quarantined, unusable};
 
 /// How many letters of a queue are looked at for a plan.
 const LOOK_MAX: u64 = 1_000;
@@ -67,21 +68,29 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     }
     let feed = match find_role(&loaded, &regions).await? {
         Role::Feed(feed) => feed,
-        Role::Standby { active } => return Err(nothing_to_feed(&active)),
+        Role::Standby { active, .. } => return Err(nothing_to_feed(&active)),
+        Role::Quarantined { active, epoch } => {
+            return Err(quarantined(&loaded.here, &active, epoch));
+        }
     };
-    let ground = Ground::of(&feed);
+    let term = Term::new(feed.epoch, loaded.config.leases.duration, feed.begun);
+    let records = elsewhere(&loaded.config, &regions, &[&loaded.here]);
+    let ground = Ground::of(&feed, &term);
     let followed = followed(&feed, &loaded).await?;
     let named = named(args);
-    flow(&loaded, ground, &named).refuse_closed().await?;
+    flow(&loaded, ground, &named, &records)
+        .refuse_closed()
+        .await?;
     if !args.apply {
         return plan(&loaded, ground, args).await;
     }
     let keep_expired = keep_expired(&loaded, &feed).await?;
     let options = options(args);
-    under_hold(&loaded, ground, args, async |rights, stop, watcher| {
+    let work = async |rights: Rights, stop: &CancellationToken, watcher: &mut dyn Watcher| {
         Redrive::new(
             &loaded.config,
             &feed,
+            &term,
             &options,
             rights,
             followed,
@@ -90,8 +99,8 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         )
         .run(watcher)
         .await
-    })
-    .await
+    };
+    under_hold(&loaded, ground, &records, args, work).await
 }
 
 fn options(args: &Args) -> Options {
@@ -127,10 +136,18 @@ async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<
         })
     };
     let target = region(&loaded.here)?;
-    let (active, epoch) = find_active(&loaded.config, &loaded.here, regions).await?;
+    let standing = find_standing(&loaded.config, &loaded.here, regions).await?;
+    standing.refuse_quarantined(&loaded.here)?;
+    let term = Term::new(
+        standing.epoch,
+        loaded.config.leases.duration,
+        standing.begun,
+    );
+    let (active, epoch) = (standing.active, standing.epoch);
     if active == loaded.here {
         return Err(nothing_to_feed(&active));
     }
+    let records = elsewhere(&loaded.config, regions, &[&loaded.here]);
     let source = region(&active)?;
     let wanted = |name: &str| args.table.as_deref().is_none_or(|table| table == name);
     let mut tables = Followed::new();
@@ -151,16 +168,19 @@ async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<
         target,
         state: &state,
         epoch,
+        term: &term,
         dead_letters: &dead_letters,
     };
     let named = named(args);
-    flow(loaded, ground, &named).refuse_closed().await?;
+    flow(loaded, ground, &named, &records)
+        .refuse_closed()
+        .await?;
     refuse_fed(ground).await?;
     if !args.apply {
         return plan(loaded, ground, args).await;
     }
     let options = options(args);
-    under_hold(loaded, ground, args, async |rights, stop, watcher| {
+    let work = async |rights: Rights, stop: &CancellationToken, watcher: &mut dyn Watcher| {
         let redrive = FromImages {
             config: &loaded.config,
             ground,
@@ -170,8 +190,8 @@ async fn from_images(loaded: &Loaded, regions: &Regions, args: &Args) -> Result<
             stop,
         };
         redrive.run(watcher).await
-    })
-    .await
+    };
+    under_hold(loaded, ground, &records, args, work).await
 }
 
 /// A source that answers is better than any image.
@@ -196,13 +216,19 @@ async fn refuse_living(source: &RegionClients, table: &str) -> Result<(), Failur
 async fn under_hold(
     loaded: &Loaded,
     ground: Ground<'_>,
+    records: &[StateTable],
     args: &Args,
     work: impl AsyncFnOnce(Rights, &CancellationToken, &mut dyn Watcher) -> Report,
 ) -> Result<Exit, Failure> {
     refuse_counting(ground).await?;
     let named = named(args);
-    let flow = flow(loaded, ground, &named);
+    let flow = flow(loaded, ground, &named, records);
     let hold = hold(flow, ground).await?;
+    // A failover that began before the row was there has not seen it: then its record is there to be seen.
+    if let Err(failure) = flow.refuse_closed().await {
+        let _ = hold.finish().await;
+        return Err(failure);
+    }
     let stop = super::stop_on_signal()?;
     let ended = Mutex::new(None);
     let mut watcher = Progress(Line::new(args.json));
@@ -239,8 +265,9 @@ async fn under_hold(
             "files of older days could not be removed"
         );
     }
-    // A directory hides nothing: the row speaks for the write that may still take effect.
-    if !(report.unanswered > 0 && matches!(ground.dead_letters, Store::Directory(_))) {
+    // The row speaks for the write that may still take effect: to the next redrive of a directory, which
+    // hides nothing, and to a failover.
+    if report.unanswered == 0 {
         // Left behind it would only make the next redrive of a directory wait.
         let _ = hold.finish().await;
     }
@@ -334,7 +361,12 @@ async fn refuse_fed(ground: Ground<'_>) -> Result<(), Failure> {
 }
 
 /// The flow that the letters are of.
-fn flow<'a>(loaded: &'a Loaded, ground: Ground<'a>, wanted: &'a [String]) -> Flow<'a> {
+fn flow<'a>(
+    loaded: &'a Loaded,
+    ground: Ground<'a>,
+    wanted: &'a [String],
+    records: &'a [StateTable],
+) -> Flow<'a> {
     Flow {
         config: &loaded.config,
         region: ground.target,
@@ -345,6 +377,9 @@ fn flow<'a>(loaded: &'a Loaded, ground: Ground<'a>, wanted: &'a [String]) -> Flo
         heeds_tap: true,
         other: None,
         source: ground.source,
+        target: &ground.target.label,
+        elsewhere: records,
+        term: ground.term,
         is_alone: false,
     }
 }

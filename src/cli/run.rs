@@ -1,5 +1,7 @@
 //! `farshore run`.
 
+use std::sync::Arc;
+
 use super::stop_on_signal;
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
@@ -13,7 +15,7 @@ pub(super) async fn run(loaded: Loaded) -> Result<Exit, Failure> {
     let stop = stop_on_signal()?;
     let listener = server::bind(loaded.config.worker.listen).await?;
     let handle = metrics::install(&loaded.config.group)?;
-    let regions = Regions::connect(&loaded.config).await?;
+    let regions = Arc::new(Regions::connect(&loaded.config).await?);
     #[cfg(feature = "embedded")]
     if loaded.config.has_embedded_region() {
         crate::jobs::local::prepare(&loaded, &regions).await?;
@@ -26,7 +28,7 @@ pub(super) async fn run(loaded: Loaded) -> Result<Exit, Failure> {
         listen = %loaded.config.worker.listen,
         "metrics and health are served"
     );
-    let exit = Worker::new(loaded, role, listener, Some(handle))
+    let exit = Worker::new(loaded, Arc::clone(&regions), role, listener, Some(handle))
         .run(stop)
         .await;
     drop(regions);

@@ -13,11 +13,12 @@ use super::{answer, answer_json};
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::{host_ms, rfc3339};
-use crate::error::{Class, Exit, Failure};
-use crate::lease::row::ShardRow;
+use crate::error::{Class, Exit, Failure, Fault};
+use crate::lease::control::{Verdict, newest, verdict};
+use crate::lease::row::{ControlRow, ShardRow, state};
 use crate::lease::table::StateTable;
 use crate::observe::board::RETENTION_MS;
-use crate::observe::health::Scope;
+use crate::observe::health::{Idle, Reason, Scope};
 use crate::observe::recovery::Live;
 use crate::observe::view::build::{Asked, Facts, Seen, build};
 use crate::observe::view::merge::merge;
@@ -163,7 +164,9 @@ async fn look(
     let answers: Vec<View> = answers.await.into_iter().flatten().collect();
     let rows = state.rows().await;
     let rows = rows.map_err(|fault| unusable(region, state.name(), &fault))?;
-    let rows = Snapshot::of(rows);
+    let mut rows = Snapshot::of(rows);
+    let told = elsewhere(loaded, regions).await;
+    let conflict = highest(loaded, &mut rows, &told);
     let active = rows.control.as_ref().map(|control| control.active.as_str());
     let active = active.unwrap_or(&loaded.config.active);
     let mut asked = vec![Asked {
@@ -172,10 +175,8 @@ async fn look(
     }];
     let source = regions.get(active).filter(|_| active != loaded.here);
     if let Some(source) = source {
-        // For its clock, and to see whether it answers; what it holds does not matter.
-        let tables = source.tables_within(SOURCE_TIMEOUT);
-        let control = StateTable::new(tables, loaded.config.state_table());
-        let trouble = control.control().await.err();
+        let answer = told.iter().find(|(label, _)| *label == source.label);
+        let trouble = answer.and_then(|(_, answer)| answer.clone().err());
         let is_away = |class: Class| matches!(class, Class::Network | Class::Service);
         asked.push(Asked {
             label: source.label.clone(),
@@ -201,11 +202,64 @@ async fn look(
         facts: Facts {
             asked,
             outages,
+            reasons: conflict.into_iter().collect(),
             ..Facts::default()
         },
     });
     merge(&mut view, &answers);
     Ok(view)
+}
+
+/// What the state tables of the other regions say of who is active. For their clocks as well, and to see
+/// whether they answer.
+async fn elsewhere(
+    loaded: &Loaded,
+    regions: &Regions,
+) -> Vec<(String, Result<Option<ControlRow>, Fault>)> {
+    let others = regions.iter().filter(|region| region.label != loaded.here);
+    let asked = others.map(|region| async {
+        let tables = region.tables_within(SOURCE_TIMEOUT);
+        let control = StateTable::new(tables, loaded.config.state_table());
+        (region.label.clone(), control.control().await)
+    });
+    join_all(asked).await
+}
+
+/// Lets the record of the highest epoch count, wherever it was found. Returns the reason why none does,
+/// where they contradict each other.
+fn highest(
+    loaded: &Loaded,
+    rows: &mut Snapshot,
+    told: &[(String, Result<Option<ControlRow>, Fault>)],
+) -> Option<Reason> {
+    let told = told
+        .iter()
+        .filter_map(|(_, answer)| answer.as_ref().ok()?.as_ref());
+    let own = rows.control.clone();
+    let of_group = told
+        .chain(own.as_ref())
+        .filter(|row| row.group == loaded.config.group);
+    let seen: Vec<&ControlRow> = of_group.collect();
+    match verdict(seen.iter().copied()) {
+        Verdict::Decided { active, epoch } => {
+            let newest = newest(seen, &active, epoch).cloned();
+            let quarantined = own.as_ref().is_some_and(|own| own.state == state::QUARANTINED);
+            // What is read here says more of here than any other.
+            if own.as_ref().is_none_or(|own| own.epoch < epoch) || !quarantined {
+                rows.control = newest.or(own);
+            }
+            None
+        }
+        Verdict::Conflict { epoch, actives } => Some(
+            Idle::Unknown(Failure::new(
+                format!("Epoch {epoch} names several active regions: {}", actives.join(", ")),
+                "nobody applies until that is decided",
+                "Decide which region is active, and make a higher epoch: `farshore failover --to LABEL --accept-loss conflict`",
+            ))
+            .reason(),
+        ),
+        Verdict::FromFile | Verdict::Unknown => None,
+    }
 }
 
 /// The outage of a region that was asked now and does not answer.

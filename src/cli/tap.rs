@@ -131,7 +131,7 @@ pub(super) async fn run(loaded: Loaded, turn: Turn, args: &Args) -> Result<Exit,
 }
 
 /// The reason, if it can stand in a log line.
-fn checked_reason(reason: &str) -> Result<String, Failure> {
+pub(super) fn checked_reason(reason: &str) -> Result<String, Failure> {
     let reason = reason.trim();
     let why = if reason.is_empty() {
         "It is empty"
@@ -145,7 +145,7 @@ fn checked_reason(reason: &str) -> Result<String, Failure> {
     Err(Failure::new(
         "The reason cannot be stored",
         why,
-        "Say in one line why the tap is turned: it stands in every alarm",
+        "Say why in one line: it is stored, and stands in alarms",
     ))
 }
 
@@ -296,7 +296,7 @@ fn plan_resume(known: &Known, table: Option<&str>, by: &str, reason: &str, at: S
 }
 
 /// The person, as far as the environment knows: user and host.
-fn who() -> String {
+pub(super) fn who() -> String {
     let user = ["USER", "LOGNAME"]
         .into_iter()
         .filter_map(|name| std::env::var(name).ok())

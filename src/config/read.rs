@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::actions::{CALLS_AWS, Written, Wrong, checked, unknown_region};
 use super::{Config, keys};
 use crate::error::Failure;
 
@@ -63,22 +65,36 @@ pub fn parse(name: &str, text: &str, environment: &[(String, String)]) -> Result
     if let Some(unknown) = unknown_key(text, tree.get_ref()) {
         return Err(refused(unknown.0, &unknown.1));
     }
+    let wrong_type = |error: &toml::de::Error| {
+        let span = error.span().filter(|span| span.end > span.start)?;
+        let line = line_of(text, span.start);
+        let field = field_at(tree.get_ref(), span.start);
+        Some(refused(
+            format!("line {line}, {field}: {}", error.message()),
+            "Correct the value; docs/CONFIGURATION.md lists every key with its type",
+        ))
+    };
+    let wrong_action = |wrong: Wrong| {
+        let line = line_of(text, action_offset(tree.get_ref(), &wrong));
+        refused(format!("line {line}, {wrong}"), &wrong.next)
+    };
+    // The environment has no say in actions, so nothing that is missing may still come.
+    let written = toml::from_str::<OnlyActions>(text).map_err(|error| {
+        wrong_type(&error).unwrap_or_else(|| {
+            let next = "Correct the action; docs/ACTIONS.md shows each kind";
+            refused(format!("actions: {}", error.message()), next)
+        })
+    })?;
+    checked(written.actions, CALLS_AWS).map_err(wrong_action)?;
     // Parsed once without the environment, so that an error in the file can name its line.
     let typed = toml::from_str::<Config>(text);
     if let Err(error) = &typed
-        && let Some(span) = error.span()
-        && span.end > span.start
-    {
-        let line = line_of(text, span.start);
-        let field = field_at(tree.get_ref(), span.start);
         // A missing required key is reported with the span of its table; the environment may
         // still supply it.
-        if !error.message().starts_with("missing field") {
-            return Err(refused(
-                format!("line {line}, {field}: {}", error.message()),
-                "Correct the value; docs/CONFIGURATION.md lists every key with its type",
-            ));
-        }
+        && !error.message().starts_with("missing field")
+        && let Some(refused) = wrong_type(error)
+    {
+        return Err(refused);
     }
     let mut table: toml::Table = toml::from_str(text)
         .map_err(|error| refused(error.message().to_owned(), "Mend the TOML syntax"))?;
@@ -95,11 +111,34 @@ pub fn parse(name: &str, text: &str, environment: &[(String, String)]) -> Result
         )
     })?;
     let here = validate(&config, environment).map_err(|(why, next)| refused(why, &next))?;
+    if let Some(wrong) = unknown_region(&config.actions, &config.regions) {
+        return Err(wrong_action(wrong));
+    }
     Ok(Loaded {
         config,
         here,
         unknown_variables,
     })
+}
+
+/// The actions of a file, whatever else stands in it.
+#[derive(Deserialize)]
+struct OnlyActions {
+    #[serde(default)]
+    actions: Vec<Written>,
+}
+
+/// Where the key that is wrong stands, or else its action begins.
+fn action_offset(root: &DeTable<'_>, wrong: &Wrong) -> usize {
+    let action = root
+        .get("actions")
+        .and_then(|list| list.get_ref().as_array()?.get(wrong.index));
+    let Some(action) = action else { return 0 };
+    let key = action.get_ref().as_table().and_then(|table| {
+        let mut keys = table.iter().map(|(name, _)| name);
+        keys.find(|name| name.get_ref() == wrong.field)
+    });
+    key.map_or(action.span().start, |key| key.span().start)
 }
 
 /// The line (from 1) of a byte offset.
@@ -516,7 +555,7 @@ fn validate(config: &Config, environment: &[(String, String)]) -> Result<String,
     resolve_here(config, environment, &labels)
 }
 
-fn is_url(text: &str) -> bool {
+pub(super) fn is_url(text: &str) -> bool {
     text.parse::<hyper::Uri>()
         .is_ok_and(|uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some())
 }

@@ -44,6 +44,8 @@ pub struct RegionClients {
     pub region: String,
     /// Where requests go, for messages.
     pub endpoint: String,
+    /// URL of DynamoDB; `None` where the SDK's own for the region is meant.
+    pub endpoint_url: Option<String>,
     /// Tables: items, descriptions, state.
     pub tables: aws_sdk_dynamodb::Client,
     /// Streams.
@@ -177,6 +179,7 @@ async fn connect_region(label: &str, region: &Region, inside: bool) -> RegionCli
             .endpoint_url
             .clone()
             .unwrap_or_else(|| format!("DynamoDB in {name}")),
+        endpoint_url: region.endpoint_url.clone(),
         region: name,
         tables: aws_sdk_dynamodb::Client::from_conf(tables.build()),
         streams: aws_sdk_dynamodbstreams::Client::from_conf(streams.build()),
@@ -196,6 +199,50 @@ impl RegionClients {
                 .build(),
         );
         aws_sdk_dynamodb::Client::from_conf(config.build())
+    }
+
+    /// The settings of a client for another service, which waits at most `timeout` for an answer.
+    #[cfg(feature = "actions")]
+    fn within(&self, endpoint_url: Option<&str>, timeout: Duration) -> SdkConfig {
+        let mut sdk = self.sdk.to_builder();
+        sdk.set_endpoint_url(endpoint_url.map(str::to_owned));
+        sdk.timeout_config(
+            TimeoutConfig::builder()
+                .connect_timeout(timeout.min(CONNECT_TIMEOUT))
+                .operation_timeout(timeout)
+                .build(),
+        )
+        .build()
+    }
+
+    /// A client of Systems Manager in this region.
+    #[cfg(feature = "actions")]
+    pub fn ssm(&self, endpoint_url: Option<&str>, timeout: Duration) -> aws_sdk_ssm::Client {
+        aws_sdk_ssm::Client::new(&self.within(endpoint_url, timeout))
+    }
+
+    /// A client of SNS in the AWS region `region`, with this region's credentials.
+    #[cfg(feature = "actions")]
+    pub fn sns(
+        &self,
+        region: &str,
+        endpoint_url: Option<&str>,
+        timeout: Duration,
+    ) -> aws_sdk_sns::Client {
+        let config = aws_sdk_sns::config::Builder::from(&self.within(endpoint_url, timeout))
+            .region(aws_config::Region::new(region.to_owned()))
+            .build();
+        aws_sdk_sns::Client::from_conf(config)
+    }
+
+    /// A client of Route 53, with this region's credentials.
+    #[cfg(feature = "actions")]
+    pub fn route53(
+        &self,
+        endpoint_url: Option<&str>,
+        timeout: Duration,
+    ) -> aws_sdk_route53::Client {
+        aws_sdk_route53::Client::new(&self.within(endpoint_url, timeout))
     }
 
     /// An SQS client in this region with its endpoint at `endpoint_url`.

@@ -1,7 +1,7 @@
 //! What a table is: its description, keys and stream, as far as replication cares.
 
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::types::{KeyType, StreamViewType, TableDescription};
+use aws_sdk_dynamodb::types::{KeyType, StreamViewType, TableDescription, TimeToLiveStatus};
 
 use crate::error::{Class, Fault, Operation, classify};
 
@@ -65,6 +65,28 @@ pub async fn ttl_attribute(client: &Client, table: &str) -> Result<Option<String
         .map_err(|error| classify(Operation::DescribeTable, &error))?;
     let described = answer.time_to_live_description;
     Ok(described.and_then(|ttl| ttl.attribute_name))
+}
+
+/// Whether TTL by `attribute` is on for a table, or being turned on. One that is being turned off is not, and
+/// neither is one by another attribute.
+///
+/// # Errors
+/// The call failed.
+pub async fn ttl_is_on(client: &Client, table: &str, attribute: &str) -> Result<bool, Fault> {
+    let answer = client
+        .describe_time_to_live()
+        .table_name(table)
+        .send()
+        .await
+        .map_err(|error| classify(Operation::DescribeTable, &error))?;
+    Ok(answer.time_to_live_description.is_some_and(|ttl| {
+        let status = ttl.time_to_live_status();
+        let is_on = matches!(
+            status,
+            Some(TimeToLiveStatus::Enabled | TimeToLiveStatus::Enabling)
+        );
+        is_on && ttl.attribute_name() == Some(attribute)
+    }))
 }
 
 /// A primary key for people: `id (S, HASH), at (N, RANGE)`.

@@ -49,11 +49,17 @@ pub enum Operation {
     Provision,
     /// Talking to the dead-letter queue.
     Queue,
+    /// Writing a parameter, after a failover.
+    PutParameter,
+    /// Publishing a message, after a failover.
+    Publish,
+    /// Writing a DNS record, after a failover.
+    ChangeRecord,
 }
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::DescribeTable,
         Self::DescribeStream,
         Self::GetShardIterator,
@@ -65,6 +71,9 @@ impl Operation {
         Self::State,
         Self::Provision,
         Self::Queue,
+        Self::PutParameter,
+        Self::Publish,
+        Self::ChangeRecord,
     ];
 
     /// How the call is named in messages.
@@ -80,7 +89,17 @@ impl Operation {
             Operation::State => "state table access",
             Operation::Provision => "provisioning",
             Operation::Queue => "SQS",
+            Operation::PutParameter => "PutParameter",
+            Operation::Publish => "Publish",
+            Operation::ChangeRecord => "ChangeResourceRecordSets",
         }
+    }
+
+    const fn is_of_an_action(self) -> bool {
+        matches!(
+            self,
+            Operation::PutParameter | Operation::Publish | Operation::ChangeRecord
+        )
     }
 
     const fn reads_stream(self) -> bool {
@@ -239,7 +258,7 @@ where
             let code = meta.code().unwrap_or("").to_owned();
             Fault {
                 operation,
-                class: class_of_code(&code, status),
+                class: class_of(operation, &code, status),
                 code: if code.is_empty() {
                     format!("HTTP {status}")
                 } else {
@@ -289,6 +308,18 @@ where
     }
 }
 
+/// The class of a code on `operation`. A call of an action carries what the configuration says and
+/// nothing of an item: what the service refuses there with a code of its own is wrong in the
+/// configuration.
+fn class_of(operation: Operation, code: &str, status: u16) -> Class {
+    match class_of_code(code, status) {
+        Class::Unknown if operation.is_of_an_action() && (400..500).contains(&status) => {
+            Class::Validation
+        }
+        class => class,
+    }
+}
+
 /// The class of a service's error code, or of its HTTP status where the code says nothing.
 pub fn class_of_code(code: &str, status: u16) -> Class {
     // SQS spells them `KMS.DisabledException`, DynamoDB `KMSDisabledException`.
@@ -318,6 +349,9 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "LimitExceededException"
         // Too many messages of a queue are in flight.
         | "OverLimit"
+        // One change of a parameter or hosted zone at a time.
+        | "TooManyUpdates"
+        | "PriorRequestNotComplete"
         | "SlowDown" => Class::Throttled,
         "InternalServerError"
         | "InternalFailure"
@@ -345,6 +379,7 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "ExpiredTokenException"
         | "RequestExpired"
         | "InvalidSecurity"
+        | "AuthorizationError"
         | "OptInRequired"
         | "NotAuthorized" => Class::Access,
         "ResourceNotFoundException"
@@ -352,6 +387,9 @@ pub fn class_of_code(code: &str, status: u16) -> Class {
         | "NonExistentQueue"
         | "QueueDoesNotExist"
         | "InvalidAddress"
+        | "NotFound"
+        | "NoSuchHostedZone"
+        | "NoSuchHealthCheck"
         | "QueueDeletedRecently" => Class::NotFound,
         // A table that is being created or deleted answers so; it passes by itself or a person
         // has to look, like a table that is not there.
@@ -428,6 +466,21 @@ mod tests {
             Class::Throttled
         );
         assert_eq!(class_of_code("KmsThrottled", 403), Class::Throttled);
+    }
+
+    #[test]
+    fn what_refuses_an_action_condemns_no_record() {
+        for (operation, code) in [
+            (Operation::ChangeRecord, "InvalidChangeBatch"),
+            (Operation::Publish, "InvalidParameter"),
+            (Operation::PutParameter, "HierarchyTypeMismatchException"),
+        ] {
+            assert_eq!(class_of(operation, code, 400), Class::Validation);
+            assert_eq!(class_of(Operation::Write, code, 400), Class::Unknown);
+            assert_eq!(class_of(operation, code, 500), Class::Service);
+        }
+        let busy = class_of(Operation::ChangeRecord, "PriorRequestNotComplete", 400);
+        assert_eq!(busy, Class::Throttled);
     }
 
     #[test]

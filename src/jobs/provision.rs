@@ -21,9 +21,10 @@ use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::table::{describe, enabled_stream, primary_key, show_key};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault, Operation, classify, source_chain};
+use crate::lease::control::{copy_for, newest};
 use crate::lease::row::{ControlRow, KEY_ATTRIBUTE};
 use crate::lease::table::StateTable;
-use crate::run::start::{check_keys, check_stream, find_active, unusable};
+use crate::run::start::{Standing, check_keys, check_stream, find_standing, unusable};
 
 /// Longest wait for a table to become active.
 const ACTIVE_WITHIN: Duration = Duration::from_secs(300);
@@ -91,7 +92,8 @@ pub async fn plan(loaded: &Loaded, regions: &Regions) -> Result<Plan, Failure> {
         steps: Vec::new(),
         notes: Vec::new(),
     };
-    let (active, epoch) = find_active(config, &loaded.here, regions).await?;
+    let standing = find_standing(config, &loaded.here, regions).await?;
+    let active = standing.active.clone();
     let (Some(source), Some(target)) = (regions.get(&active), regions.get(&loaded.here)) else {
         return Err(Failure::new(
             format!("Region {active} is not known"),
@@ -108,7 +110,7 @@ pub async fn plan(loaded: &Loaded, regions: &Regions) -> Result<Plan, Failure> {
             plan_replica(&mut plan, table, source, target).await?;
         }
     }
-    plan_state(&mut plan, loaded, target, &active, epoch).await?;
+    plan_state(&mut plan, loaded, target, &standing).await?;
     if let Some(url) = &config.dead_letters.queue_url {
         plan_queue(
             &mut plan,
@@ -268,9 +270,9 @@ async fn plan_state(
     plan: &mut Plan,
     loaded: &Loaded,
     target: &RegionClients,
-    active: &str,
-    epoch: u64,
+    standing: &Standing,
 ) -> Result<(), Failure> {
+    let (active, epoch) = (&standing.active, standing.epoch);
     let state = StateTable::new(target.tables.clone(), loaded.config.state_table());
     let name = state.name().to_owned();
     let existing = describe(&target.tables, &name)
@@ -322,9 +324,16 @@ async fn plan_state(
         )),
         None => {
             let at = rfc3339(host_ms());
-            let mut row = ControlRow::first(&loaded.config.group, active, "farshore provision", at);
-            row.epoch = epoch;
-            row.epoch_label = format!("{epoch}-{active}");
+            // Where there is one already, what it says of this region counts here, too.
+            let known = newest(standing.records.values(), active, epoch);
+            let copy = known.and_then(|known| copy_for(&loaded.here, standing.part, known, None));
+            let row = copy.unwrap_or_else(|| {
+                let by = "farshore provision";
+                let mut row = ControlRow::first(&loaded.config.group, active, by, at);
+                row.epoch = epoch;
+                row.epoch_label = format!("{epoch}-{active}");
+                row
+            });
             plan.steps.push(Step {
                 text: format!(
                     "write the control record of group {} in {}: active {active}, epoch {epoch}",

@@ -49,6 +49,7 @@ use crate::lease::budget_keeper::BudgetKeeper;
 use crate::lease::hold::Hold;
 use crate::lease::row::JobRow;
 use crate::lease::table::StateTable;
+use crate::lease::term::Term;
 use crate::repair::{KeepExpired, Repaired, Repairer, Unfinished};
 use crate::run::start::Feed;
 
@@ -79,14 +80,17 @@ pub struct Ground<'a> {
     pub state: &'a StateTable,
     /// Number of the epoch.
     pub epoch: u64,
+    /// The right to write in that epoch.
+    pub term: &'a Arc<Term>,
     /// Where the letters lie.
     pub dead_letters: &'a Store,
 }
 
 impl<'a> Ground<'a> {
     /// Where a worker feeds.
-    pub fn of(feed: &'a Feed) -> Self {
+    pub fn of(feed: &'a Feed, term: &'a Arc<Term>) -> Self {
         Self {
+            term,
             source: &feed.active,
             target: &feed.target,
             state: &feed.state,
@@ -141,9 +145,11 @@ struct Bringing {
 
 impl<'a> Redrive<'a> {
     /// A redrive under `rights` of the tables `tables`, which are followed.
+    #[allow(clippy::too_many_arguments, reason = "each is another thing")]
     pub fn new(
         config: &'a Config,
         feed: &'a Feed,
+        term: &Arc<Term>,
         options: &'a Options,
         rights: Rights,
         tables: Followed,
@@ -160,6 +166,7 @@ impl<'a> Redrive<'a> {
                 config.dead_letters.max_attempts,
                 key,
             )
+            .within_term(Arc::clone(term))
         };
         Self {
             writers: config

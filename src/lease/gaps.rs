@@ -95,9 +95,9 @@ impl Ground<'_> {
         let mut leases = self.shards.iter();
         let mut doubts = self.doubts.iter();
         let mut jobs = self.jobs.iter();
-        !leases.any(|row| {
-            of_before(row.epoch, &row.table) && row.lease_owner.is_some() && !is_dead(row)
-        }) && !doubts.any(|row| of_before(row.epoch, &row.table) && row.until >= self.now_ms)
+        !leases
+            .any(|row| of_before(row.epoch, &row.table) && row.holder().is_some() && !is_dead(row))
+            && !doubts.any(|row| of_before(row.epoch, &row.table) && row.until >= self.now_ms)
             && !jobs
                 .any(|job| of_before(job.plan.epoch, &job.plan.table) && job.may_write(self.now_ms))
     }

@@ -6,7 +6,8 @@
 //! keeps it,
 //! [`doubts`] (pure) says what may still take effect, [`gaps`] (pure) when a gap may be repaired,
 //! [`orphans`] (pure) which shards could be read,
-//! [`control`] which region is active.
+//! [`control`] (pure) which region is active and who may write where, [`term`] is the right to write in
+//! an epoch.
 
 pub mod budget;
 pub mod budget_keeper;
@@ -20,3 +21,4 @@ pub mod row;
 pub mod rules;
 pub mod share;
 pub mod table;
+pub mod term;

@@ -1,6 +1,7 @@
 //! The rows of the state table (DESIGN section 4), read and written through `serde_dynamo`.
 
 mod budget;
+mod control;
 mod doubt;
 mod fleet;
 mod gap;
@@ -10,6 +11,7 @@ mod reconcile;
 use serde::{Deserialize, Serialize};
 
 pub use budget::{BUDGET_KEY, BudgetRow, Holding, Share};
+pub use control::{ActionRun, ControlRow, PAST_MAX, Previous, StepDone, state};
 pub use doubt::{DoubtCause, DoubtRow};
 pub use fleet::{PauseRow, Resumed, WorkerRow};
 pub use gap::{GapReason, GapRow};
@@ -171,6 +173,12 @@ pub struct ShardRow {
     /// Whether a complete listing that began long enough after its end showed no child without a row.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub children_listed: bool,
+    /// The epoch that ended this lease's: nobody takes it any more, and the row stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fenced: Option<u64>,
+    /// Who owned it then without having given it back: what it sent last may still take effect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fenced_owner: Option<String>,
 }
 
 /// The id of the table that is followed, as the rows of its streams know it.
@@ -225,6 +233,8 @@ impl ShardRow {
             read_by: None,
             finished_at: None,
             children_listed: false,
+            fenced: None,
+            fenced_owner: None,
         }
     }
 
@@ -235,6 +245,24 @@ impl ShardRow {
         let known = [self.watermark, self.restarted_at];
         let last = known.into_iter().flatten().max();
         last.unwrap_or(self.created_at).max(self.created_at)
+    }
+
+    /// Who may have sent something under it that is not known to be durable: its owner, or who owned it
+    /// when its epoch ended.
+    pub fn holder(&self) -> Option<&str> {
+        let holder = self.lease_owner.as_ref().or(self.fenced_owner.as_ref());
+        holder.map(String::as_str)
+    }
+
+    /// The same row once the epoch `by` has ended its own: its counter moves, so that no renewal of its
+    /// owner succeeds, and nobody takes it any more.
+    #[must_use]
+    pub fn fenced_by(&self, by: u64) -> Self {
+        let mut row = self.clone();
+        row.fenced = Some(by);
+        row.fenced_owner = row.lease_owner.take().or(row.fenced_owner);
+        row.lease_counter += 1;
+        row
     }
 
     /// The shard's id.
@@ -357,53 +385,6 @@ impl StreamRow {
         match self.start_timestamp {
             Some(ms) => Position::AtTimestamp(ms),
             None => Position::TrimHorizon,
-        }
-    }
-}
-
-/// `control`: which region is active, and since which epoch.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ControlRow {
-    /// Hash key.
-    pub lease_key: String,
-    /// `control`.
-    pub entity_type: String,
-    /// Version of the row's form.
-    pub format_version: u32,
-    /// The group it belongs to.
-    pub group: String,
-    /// Label of the active region.
-    pub active: String,
-    /// Number of the epoch; grows with every change of the active region.
-    pub epoch: u64,
-    /// Name of the epoch: number and target.
-    pub epoch_label: String,
-    /// `steady` unless a change is under way.
-    pub state: String,
-    /// Who wrote it.
-    pub by: String,
-    /// Why.
-    pub reason: String,
-    /// When, RFC 3339.
-    pub at: String,
-}
-
-impl ControlRow {
-    /// The first record of a group: epoch 1, `active` from the configuration.
-    pub fn first(group: &str, active: &str, by: &str, at: String) -> Self {
-        Self {
-            lease_key: CONTROL_KEY.to_owned(),
-            entity_type: "control".to_owned(),
-            format_version: FORMAT_VERSION,
-            group: group.to_owned(),
-            active: active.to_owned(),
-            epoch: 1,
-            epoch_label: format!("1-{active}"),
-            state: "steady".to_owned(),
-            by: by.to_owned(),
-            reason: "provisioned".to_owned(),
-            at,
         }
     }
 }

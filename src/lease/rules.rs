@@ -64,12 +64,21 @@ impl Observer {
         self.seen.get(row.key()).is_some_and(|seen| seen.moved)
     }
 
-    /// Whether `row` may be taken: nobody owns it, or its counter has stood still for `duration`.
+    /// Whether `row` may be taken: nobody owns it, or its counter has stood still for `duration`; never once
+    /// its epoch has ended.
     pub fn is_takeable(&self, row: &ShardRow, duration: Duration, now: Instant) -> bool {
-        row.lease_owner.is_none()
-            || self
-                .still_since(row)
-                .is_some_and(|since| now.saturating_duration_since(since) >= duration)
+        row.fenced.is_none() && (row.lease_owner.is_none() || self.is_still(row, duration, now))
+    }
+
+    /// Whether nobody has written under `row` for `duration`: it was given back, or its counter has stood
+    /// still for so long.
+    pub fn is_dead(&self, row: &ShardRow, duration: Duration, now: Instant) -> bool {
+        row.holder().is_none() || self.is_still(row, duration, now)
+    }
+
+    fn is_still(&self, row: &ShardRow, duration: Duration, now: Instant) -> bool {
+        self.still_since(row)
+            .is_some_and(|since| now.saturating_duration_since(since) >= duration)
     }
 }
 

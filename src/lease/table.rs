@@ -209,6 +209,61 @@ impl StateTable {
         self.put(row, "leaseCounter = :known", Some(known)).await
     }
 
+    /// Replaces the control record, or makes it where none is `known`: only if it is still in the epoch and
+    /// at the counter of `known`. An epoch never goes back.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn replace_control(
+        &self,
+        row: &ControlRow,
+        known: Option<&ControlRow>,
+    ) -> Result<Written, Fault> {
+        let Some(known) = known else {
+            return self.create(row).await;
+        };
+        // Records of before this was counted have no counter.
+        let counted = match known.lease_counter {
+            0 => "(attribute_not_exists(leaseCounter) OR leaseCounter = :counter)",
+            _ => "leaseCounter = :counter",
+        };
+        let number = |number: u64| AttributeValue::N(number.to_string());
+        let condition = format!("epoch = :epoch AND active = :active AND {counted}");
+        let values = [
+            (":epoch".to_owned(), number(known.epoch)),
+            (":counter".to_owned(), number(known.lease_counter)),
+            (
+                ":active".to_owned(),
+                AttributeValue::S(known.active.clone()),
+            ),
+        ];
+        self.put_if(row, &condition, values.into()).await
+    }
+
+    /// Moves the counter of a held row that is no lease, so that no renewal of its holder succeeds; nothing
+    /// else of it changes.
+    ///
+    /// # Errors
+    /// The fault of the call. Its effect is then unknown.
+    pub async fn bump(&self, key: &str, known_counter: u64) -> Result<Written, Fault> {
+        let number = |number: u64| AttributeValue::N(number.to_string());
+        let answer = self
+            .client
+            .update_item()
+            .table_name(&self.name)
+            .key(KEY_ATTRIBUTE, AttributeValue::S(key.to_owned()))
+            .update_expression("SET leaseCounter = :next")
+            .condition_expression("leaseCounter = :known")
+            .expression_attribute_values(":next", number(known_counter + 1))
+            .expression_attribute_values(":known", number(known_counter))
+            .send()
+            .await;
+        match answer {
+            Ok(_) => Ok(Written::Yes),
+            Err(error) => refused_or(classify(Operation::State, &error)),
+        }
+    }
+
     /// Replaces a stream's row if it is there.
     ///
     /// # Errors
@@ -274,17 +329,26 @@ impl StateTable {
         condition: &str,
         known: Option<AttributeValue>,
     ) -> Result<Written, Fault> {
+        let values = known.map(|known| (":known".to_owned(), known));
+        self.put_if(row, condition, values.into_iter().collect())
+            .await
+    }
+
+    async fn put_if(
+        &self,
+        row: &impl Serialize,
+        condition: &str,
+        values: Item,
+    ) -> Result<Written, Fault> {
         let item: Item = serde_dynamo::to_item(row)
             .map_err(|error| unreadable(&format!("a row could not be written: {error}")))?;
-        let mut request = self
+        let request = self
             .client
             .put_item()
             .table_name(&self.name)
             .set_item(Some(item))
+            .set_expression_attribute_values((!values.is_empty()).then_some(values))
             .condition_expression(condition);
-        if let Some(known) = known {
-            request = request.expression_attribute_values(":known", known);
-        }
         match request.send().await {
             Ok(_) => Ok(Written::Yes),
             Err(error) => refused_or(classify(Operation::State, &error)),

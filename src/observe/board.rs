@@ -120,6 +120,16 @@ pub struct Board {
 }
 
 impl Board {
+    /// A new role begins: what stood here does so no longer. Totals and the last hour stay.
+    pub fn begin_role(&self) {
+        self.shards().clear();
+        self.discoveries().clear();
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.clear();
+        let mut points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+        points.clear();
+    }
+
     fn shards(&self) -> MutexGuard<'_, BTreeMap<String, BTreeMap<String, Standing>>> {
         self.shards.lock().unwrap_or_else(PoisonError::into_inner)
     }

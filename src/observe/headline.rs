@@ -10,8 +10,8 @@ pub const IN_SYNC_S: f64 = 30.0;
 
 /// The headline of all that a view shows.
 pub fn headline(view: &View) -> Headline {
-    let steps: [fn(&View) -> Option<Headline>; 9] = [
-        dead, outage, stands, gap, paused, urgent, copying, moving, quiet,
+    let steps: [fn(&View) -> Option<Headline>; 10] = [
+        idle, dead, outage, stands, gap, paused, urgent, copying, moving, quiet,
     ];
     let found = steps.into_iter().find_map(|step| step(view));
     found.unwrap_or_else(|| say(Level::Ok, "in-sync", "in sync".to_owned(), None))
@@ -76,6 +76,13 @@ fn clock_time(view: &View, at: &str) -> String {
         true => time.to_owned(),
         false => format!("{day} {time}"),
     }
+}
+
+/// Nobody may write here, or nobody can say whether somebody may: what else there is waits for that.
+fn idle(view: &View) -> Option<Headline> {
+    told(view, Level::Bad, &["no-role"])
+        .or_else(|| told(view, Level::Warn, &["quarantined"]))
+        .or_else(|| told(view, Level::Busy, &["role-changing"]))
 }
 
 /// Nobody is at it, or the one who is stands still.

@@ -16,7 +16,7 @@ pub use signs::{LettersLeft, TableDoubts, TableTap, progress};
 use crate::lease::row::Mending;
 
 use super::liveness::Ledger;
-use crate::error::{Fault, Policy};
+use crate::error::{Failure, Fault, Policy};
 use crate::lease::row::GapReason;
 
 /// A failure that passes by itself is no outage before it has lasted this long.
@@ -86,6 +86,62 @@ pub struct Reason {
     pub next: String,
 }
 
+/// Why a worker neither feeds nor stands by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Idle {
+    /// Its region was active, and may hold writes that never left.
+    Quarantined {
+        /// Label of its region.
+        here: String,
+        /// Label of the active region.
+        active: String,
+        /// Number of the epoch.
+        epoch: u64,
+    },
+    /// It cannot be said what its region is for.
+    Unknown(Failure),
+    /// The active region has changed, and it finds out what its own is for.
+    Changing,
+}
+
+/// The codes of the reasons of [`Idle`].
+pub const IDLE_CODES: [&str; 3] = ["quarantined", "role-changing", "no-role"];
+
+impl Idle {
+    /// The reason that it is.
+    pub fn reason(&self) -> Reason {
+        let (code, text, next) = match self {
+            Idle::Quarantined {
+                here,
+                active,
+                epoch,
+            } => (
+                "quarantined",
+                format!(
+                    "{here} was active before {active} became so in epoch {epoch}, and may hold writes that never left it: nothing is written there"
+                ),
+                "Stop what still writes to its tables, and leave them as they are until those writes are captured".to_owned(),
+            ),
+            Idle::Changing => (
+                "role-changing",
+                "the active region has changed, and what this one is for is being found out".to_owned(),
+                "Wait a moment".to_owned(),
+            ),
+            Idle::Unknown(failure) => (
+                "no-role",
+                format!("{}: {}", failure.what, failure.why),
+                failure.next.clone(),
+            ),
+        };
+        Reason {
+            code: code.to_owned(),
+            table: String::new(),
+            text,
+            next,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Outage {
     since: Instant,
@@ -104,6 +160,8 @@ struct State {
     stopped: BTreeMap<String, (String, String)>,
     starting: BTreeSet<String>,
     standby: Option<String>,
+    /// Why it neither feeds nor stands by.
+    idle: Option<Idle>,
     heartbeat: Option<Instant>,
     /// Seconds until the stream of each table forgets what may not be applied.
     headroom: BTreeMap<String, f64>,
@@ -267,6 +325,24 @@ impl Health {
         self.state().standby = Some(active.to_owned());
     }
 
+    /// A new role begins: what the one before has left says nothing any more. `idle` says why it neither
+    /// feeds nor stands by, where it does not; `starting` are the tables that it is about to follow.
+    pub fn begin_role<'a>(&self, idle: Option<Idle>, starting: impl Iterator<Item = &'a str>) {
+        let mut state = self.state();
+        let gaps = std::mem::take(&mut state.gaps);
+        // In one step, so that nobody sees a worker without any reason in between.
+        *state = State {
+            heartbeat: state.heartbeat,
+            idle,
+            starting: starting.map(str::to_owned).collect(),
+            ..State::default()
+        };
+        drop(state);
+        for (table, reason) in gaps.keys() {
+            super::metrics::gaps_open(table, reason.label(), 0);
+        }
+    }
+
     /// The region that is active, when this worker stands by.
     pub fn standby(&self) -> Option<String> {
         self.state().standby.clone()
@@ -294,6 +370,7 @@ impl Health {
     pub fn reasons(&self) -> Vec<Reason> {
         let state = self.state();
         let mut reasons = Vec::new();
+        reasons.extend(state.idle.as_ref().map(Idle::reason));
         for table in &state.starting {
             reasons.push(Reason {
                 code: "starting".to_owned(),

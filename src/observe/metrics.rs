@@ -4,8 +4,8 @@ pub mod replay;
 mod seen;
 
 pub use seen::{
-    group_recovery_point, last_record, lease_lost, lease_taken, outage, recovery_point, shards,
-    standby,
+    feeds_no_more, group_recovery_point, last_record, lease_lost, lease_taken, outage,
+    recovery_point, shards, standby,
 };
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};

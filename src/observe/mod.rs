@@ -1,5 +1,6 @@
 //! What the outside sees: metrics, health, and the small HTTP server that shows them.
 
+pub mod active;
 pub mod board;
 pub mod events;
 pub mod headline;
@@ -12,3 +13,4 @@ pub mod pulse;
 pub mod recovery;
 pub mod server;
 pub mod view;
+pub mod whereabouts;

@@ -1,7 +1,8 @@
-//! The worker's HTTP server: the page, `/metrics`, `/livez`, `/readyz`, `/status`.
+//! The worker's HTTP server: the page, `/metrics`, `/livez`, `/readyz`, `/status`; `/active` and
+//! `/region` are [`active`](super::active)'s.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -13,9 +14,11 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::active;
 use super::health::Health;
 use super::page::page;
 use super::view::View;
+use super::whereabouts::Whereabouts;
 use crate::error::Failure;
 
 /// What the server shows of the worker behind it.
@@ -26,8 +29,23 @@ pub trait Show: Send + Sync {
     fn before_metrics(&self);
 }
 
-/// Where a worker puts itself once it is put together.
-pub type Stage = Arc<OnceLock<Arc<dyn Show>>>;
+/// Where a worker puts what it shows, anew with each role.
+#[derive(Clone, Default)]
+pub struct Stage(Arc<RwLock<Option<Arc<dyn Show>>>>);
+
+impl Stage {
+    /// From now on `show` is shown.
+    pub fn put(&self, show: Arc<dyn Show>) {
+        // Nothing can be left half changed.
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(show);
+    }
+
+    /// What is shown now; `None` before the first role.
+    fn get(&self) -> Option<Arc<dyn Show>> {
+        let shown = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        shown.clone()
+    }
+}
 
 #[derive(Clone)]
 struct Shared {
@@ -56,6 +74,7 @@ pub async fn serve(
     health: Arc<Health>,
     metrics: Option<PrometheusHandle>,
     stage: Stage,
+    whereabouts: Whereabouts,
     stop: CancellationToken,
 ) {
     let router = Router::new()
@@ -68,7 +87,8 @@ pub async fn serve(
             health,
             metrics,
             stage,
-        });
+        })
+        .merge(active::routes(whereabouts, stop.clone()));
     let served = axum::serve(listener, router)
         .with_graceful_shutdown(async move { stop.cancelled().await })
         .await;

@@ -143,6 +143,8 @@ pub enum RegionRole {
     Active,
     /// It is fed from the active one, and this is it.
     Replica,
+    /// It was active, and may hold writes that never left it: nobody writes there.
+    Quarantined,
     /// Any other.
     Other,
 }

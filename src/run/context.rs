@@ -23,6 +23,7 @@ use crate::lease::budget_keeper::BudgetKeeper;
 use crate::lease::doubts::until_ms;
 use crate::lease::row::{GapRow, ShardRow};
 use crate::lease::table::{StateTable, record_gap};
+use crate::lease::term::Term;
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Scope};
 use crate::observe::metrics;
@@ -40,6 +41,8 @@ pub struct Shared {
     pub config: Config,
     /// Number of the epoch all leases belong to.
     pub epoch: u64,
+    /// The right to write in that epoch.
+    pub term: Arc<Term>,
     /// This process start, as lease rows name it.
     pub owner: String,
     /// The active region.
@@ -89,14 +92,10 @@ impl Shared {
         until_ms(self.target.clock.now_ms(), late_effect)
     }
 
-    /// Whether what is known of the control record still allows to write: repairs are right in one direction
-    /// only, and that is its epoch's. A region that was active itself waits for a person: it may hold
-    /// writes that never left.
-    pub fn is_in_epoch(&self, rows: &Snapshot) -> bool {
-        rows.control.as_ref().is_none_or(|control| {
-            let is_of_before = control.epoch < self.epoch && control.active != self.target.label;
-            control.epoch == self.epoch || is_of_before
-        })
+    /// Whether the epoch still allows to write: repairs are right in one direction only, and that is its
+    /// epoch's.
+    pub fn is_in_epoch(&self) -> bool {
+        !self.term.over().is_cancelled()
     }
 
     /// Stores a gap row, however long it takes. `part` is what health knows the caller by. Returns it as

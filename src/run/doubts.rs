@@ -71,7 +71,7 @@ pub async fn repair_doubts(shared: Arc<Shared>, table: Table, stop: Cancellation
         due.retain(|doubt| {
             doubt.table == table.name
                 && doubt.epoch == shared.epoch
-                && shared.is_in_epoch(&snapshot)
+                && shared.is_in_epoch()
                 && may_claim(doubt, &snapshot.shards, &shared.owner, now_ms, patience)
         });
         // After the rows were read, so that whatever they tell had happened by then.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use super::context::Shared;
 use crate::backoff::Backoff;
@@ -70,6 +71,15 @@ impl Member {
     /// Says that this worker stops: from now on the others share without it.
     async fn leave(&self) -> Result<(), Fault> {
         let mut known = self.known.lock().await;
+        known.row.leaving = true;
+        known.row.wants.clear();
+        self.write(&mut known).await
+    }
+
+    /// Says that the epoch `epoch` has ended this worker's, and that nothing of it is sent any more.
+    async fn acknowledge(&self, epoch: u64) -> Result<(), Fault> {
+        let mut known = self.known.lock().await;
+        known.row.acknowledged = Some(epoch);
         known.row.leaving = true;
         known.row.wants.clear();
         self.write(&mut known).await
@@ -213,4 +223,21 @@ pub async fn depart(shared: &Shared) {
     let _ = tokio::time::timeout(FAREWELL, shared.member.depart()).await;
     // Nothing is written any more; if it fails, the others take it at the end of the hold.
     shared.budgets.leave(FAREWELL).await;
+}
+
+/// After a worker has drained because the epoch `epoch` has ended its own: that is told, however long it
+/// takes, until `stop`.
+pub async fn acknowledge(shared: &Shared, epoch: u64, stop: &CancellationToken) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    while let Err(fault) = shared.member.acknowledge(epoch).await {
+        tracing::warn!(
+            code = fault.code,
+            epoch,
+            "the end of the epoch could not be acknowledged yet"
+        );
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(backoff.pause()) => {}
+        }
+    }
 }

@@ -283,7 +283,7 @@ fn digest(rows: Vec<Row>, observers: &mut Observers, terms: &Terms, health: &Hea
     snapshot.dead = snapshot
         .shards
         .iter()
-        .filter(|row| observers.shards.is_takeable(row, silent, now))
+        .filter(|row| observers.shards.is_dead(row, silent, now))
         .map(|row| row.lease_key.clone())
         .collect();
     snapshot

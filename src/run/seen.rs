@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use super::context::Shared;
 use super::proven::heard;
 use crate::config::Config;
+use crate::config::read::Loaded;
 use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::observe::events;
 use crate::observe::health::{Health, OpenOutage, Scope};
@@ -159,11 +160,12 @@ impl Show for Feeding {
     }
 }
 
-/// A worker in the active region: nothing is fed into that.
+/// A worker that feeds nothing: its region is the active one, in quarantine, or it cannot be said what it
+/// is for.
 pub struct Standby {
     config: Config,
     here: String,
-    active: String,
+    active: Option<String>,
     health: Arc<Health>,
     /// This process start, and when that was.
     id: String,
@@ -171,12 +173,12 @@ pub struct Standby {
 }
 
 impl Standby {
-    /// Shows a worker of `here`, which has just started.
-    pub fn new(config: Config, here: String, active: String, health: &Arc<Health>) -> Self {
+    /// Shows a worker that does not feed from now on; `active` is the active region, where that is known.
+    pub fn new(loaded: &Loaded, active: Option<&str>, health: &Arc<Health>) -> Self {
         Self {
-            config,
-            here,
-            active,
+            config: loaded.config.clone(),
+            here: loaded.here.clone(),
+            active: active.map(str::to_owned),
             health: Arc::clone(health),
             id: super::owner(),
             since: rfc3339(host_ms()),
@@ -190,7 +192,7 @@ impl Show for Standby {
         build(Seen {
             config: &self.config,
             here: &self.here,
-            active: Some(&self.active),
+            active: self.active.as_deref(),
             clock,
             clock_of,
             replica_ms: host_ms(),

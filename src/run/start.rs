@@ -13,13 +13,15 @@ use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table, TtlDeletes};
 use crate::dead_letter::Store;
+use crate::dynamo::clock::uptime;
 use crate::dynamo::read::batch_get;
 use crate::dynamo::table::{
     KeyPart, describe, enabled_stream, holds_new_images, primary_key, show_key, ttl_attribute,
 };
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault, Operation, Policy, classify};
-use crate::lease::control::{Answer, Verdict, decide};
+use crate::lease::control::{Answer, Part, Verdict, decide, part};
+use crate::lease::row::ControlRow;
 use crate::lease::table::StateTable;
 use crate::stream::ShardId;
 use crate::stream::reader::{Position, ShardReader};
@@ -28,6 +30,8 @@ use crate::stream::reader::{Position, ShardReader};
 const START_ATTEMPTS: u32 = 4;
 const START_PAUSE: Duration = Duration::from_millis(200);
 const START_LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The control record of another region gets this long to be read, each time it is asked for.
+const OTHERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// A call to the state table gets this long, however short the leases are.
 const STATE_TIMEOUT_MIN: Duration = Duration::from_millis(400);
 
@@ -39,7 +43,61 @@ pub enum Role {
     Standby {
         /// Label of the active region.
         active: String,
+        /// Number of the epoch.
+        epoch: u64,
     },
+    /// `here` was active and may hold writes that never left: nobody writes there.
+    Quarantined {
+        /// Label of the active region.
+        active: String,
+        /// Number of the epoch.
+        epoch: u64,
+    },
+}
+
+/// What the records of all regions say of one of them.
+pub struct Standing {
+    /// Label of the active region.
+    pub active: String,
+    /// Number of the epoch.
+    pub epoch: u64,
+    /// What `here` is for.
+    pub part: Part,
+    /// The record of each region that has one, by label.
+    pub records: BTreeMap<String, ControlRow>,
+    /// When the reading began, by [`uptime`].
+    pub begun: Duration,
+}
+
+impl Standing {
+    /// What `label` is for.
+    pub fn part_of(&self, label: &str) -> Part {
+        let own = self.records.get(label);
+        let current = (self.active.as_str(), self.epoch);
+        part(label, current, own, self.records.values())
+    }
+
+    /// Refuses to write to `label` while it is in quarantine.
+    ///
+    /// # Errors
+    /// A failure that says why, and what to do.
+    pub fn refuse_quarantined(&self, label: &str) -> Result<(), Failure> {
+        match self.part_of(label) {
+            Part::Quarantined => Err(quarantined(label, &self.active, self.epoch)),
+            Part::Active | Part::Fed => Ok(()),
+        }
+    }
+}
+
+/// Nothing may be written to `label`.
+pub fn quarantined(label: &str, active: &str, epoch: u64) -> Failure {
+    Failure::new(
+        format!("{label} is in quarantine: nothing may be written there"),
+        format!(
+            "It was active before {active} became so in epoch {epoch}, and may hold writes that never left it"
+        ),
+        "Leave it as it is until those are captured; docs/RUNBOOK.md says how",
+    )
 }
 
 /// Everything that feeding needs, checked.
@@ -48,6 +106,10 @@ pub struct Feed {
     pub active: String,
     /// Number of the epoch.
     pub epoch: u64,
+    /// When the reading of the control records began that says so, by [`uptime`].
+    pub begun: Duration,
+    /// The control records that say so, by region.
+    pub records: BTreeMap<String, ControlRow>,
     /// The active region.
     pub source: RegionClients,
     /// The region fed.
@@ -82,9 +144,14 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
     // find room before its end.
     let patience = (config.leases.duration / 4).max(STATE_TIMEOUT_MIN);
     let state = StateTable::new(target.tables_within(patience), config.state_table());
-    let (active, epoch) = find_active(config, &loaded.here, regions).await?;
-    if active == loaded.here {
-        return Ok(Role::Standby { active });
+    let standing = find_standing(config, &loaded.here, regions).await?;
+    let Standing { epoch, begun, .. } = standing;
+    let part = standing.part;
+    let active = standing.active;
+    match part {
+        Part::Active => return Ok(Role::Standby { active, epoch }),
+        Part::Quarantined => return Ok(Role::Quarantined { active, epoch }),
+        Part::Fed => {}
     }
     let source = region(&active)?;
     if patiently(|| describe(&target.tables, state.name()))
@@ -115,6 +182,8 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
     Ok(Role::Feed(Box::new(Feed {
         active,
         epoch,
+        begun,
+        records: standing.records,
         source,
         target,
         state,
@@ -123,21 +192,31 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
     })))
 }
 
-/// Asks every region's state table which region is active, and since which epoch.
+/// Asks every region's state table what `here` is for.
 ///
 /// # Errors
 /// When `here` does not answer, when records contradict each other, or when nobody can say.
-pub async fn find_active(
+pub async fn find_standing(
     config: &Config,
     here: &str,
     regions: &Regions,
-) -> Result<(String, u64), Failure> {
+) -> Result<Standing, Failure> {
     let name = config.state_table();
+    let begun = uptime();
     let asked = regions.iter().map(|region| {
-        let table = StateTable::new(region.tables.clone(), name.clone());
-        async move { (region, patiently(|| table.control()).await) }
+        let name = name.clone();
+        async move {
+            if region.label == here {
+                let table = StateTable::new(region.tables.clone(), name);
+                return (region, patiently(|| table.control()).await);
+            }
+            // A region that is gone must not keep the others from starting.
+            let table = StateTable::new(region.tables_within(OTHERS_TIMEOUT), name);
+            (region, patiently(|| table.control()).await)
+        }
     });
     let mut answers = Vec::new();
+    let mut records = BTreeMap::new();
     let mut silent = Vec::new();
     for (region, answer) in join_all(asked).await {
         answers.push(match answer {
@@ -154,7 +233,10 @@ pub async fn find_active(
                     "Give this group its own state table with leases.table",
                 ));
             }
-            Ok(Some(record)) => Answer::Record(Box::new(record)),
+            Ok(Some(record)) => {
+                records.insert(region.label.clone(), record.clone());
+                Answer::Record(Box::new(record))
+            }
             Ok(None) => Answer::None,
             Err(fault) if fault.class == Class::NotFound => Answer::None,
             // The region this process feeds must answer; nothing works without it. A record that
@@ -168,16 +250,27 @@ pub async fn find_active(
             }
         });
     }
+    let found = |active: String, epoch: u64| {
+        let mut standing = Standing {
+            part: Part::Active,
+            active,
+            epoch,
+            records,
+            begun,
+        };
+        standing.part = standing.part_of(here);
+        standing
+    };
     match decide(&answers) {
-        Verdict::Decided { active, epoch } => Ok((active, epoch)),
-        Verdict::FromFile => Ok((config.active.clone(), 1)),
+        Verdict::Decided { active, epoch } => Ok(found(active, epoch)),
+        Verdict::FromFile => Ok(found(config.active.clone(), 1)),
         Verdict::Conflict { epoch, actives } => Err(Failure::new(
             format!(
                 "Epoch {epoch} names several active regions: {}",
                 actives.join(", ")
             ),
             "Two failovers ran against each other; whoever applies now may overwrite the other",
-            "Decide which region is active, and fail over to it once more so that a higher epoch exists",
+            "Decide which region is active, and make a higher epoch: `farshore failover --to LABEL --accept-loss conflict`",
         )),
         Verdict::Unknown => Err(Failure::new(
             "Nobody can say which region is active",

@@ -32,6 +32,8 @@ pub enum Tap {
     },
     /// The state table was not read for a lease: there may be a pause in it.
     Unknown,
+    /// The epoch of its writes is over.
+    Over,
 }
 
 impl Tap {
@@ -75,6 +77,9 @@ fn judge(
 impl Shared {
     /// Whether writes to the replica of `table` may start now. Ask before each.
     pub fn tap(&self, table: &str) -> Tap {
+        if !self.is_in_epoch() {
+            return Tap::Over;
+        }
         let rows = self.rows.borrow();
         judge(
             &rows.pauses,

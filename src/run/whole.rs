@@ -60,7 +60,7 @@ pub async fn keep_whole(shared: Arc<Shared>, table: Table, stop: CancellationTok
     while !stop.is_cancelled() {
         let snapshot = rows.borrow_and_update().clone();
         let mut pause = None;
-        if snapshot.read && shared.is_in_epoch(&snapshot) {
+        if snapshot.read && shared.is_in_epoch() {
             let keeper = Keeper {
                 shared: &shared,
                 table: &table,
@@ -287,7 +287,7 @@ impl Keeper<'_> {
             // What cannot be seen counts as closed.
             gate.is_open();
             let snapshot = rows.borrow_and_update().clone();
-            if !self.shared.is_in_epoch(&snapshot) {
+            if !self.shared.is_in_epoch() {
                 job.stop.cancel();
             }
             if asked.elapsed() >= TABLE_ASKED_EVERY {

@@ -45,8 +45,14 @@ fn program(name: &str) -> PathBuf {
 
 /// A script of `tests/peers` as a command of the environment's python.
 pub fn script(name: &str) -> Command {
-    let mut command = Command::new(program("python"));
+    let mut command = python();
     command.arg(format!("tests/peers/{name}"));
+    command
+}
+
+/// The environment's python.
+pub fn python() -> Command {
+    let mut command = Command::new(program("python"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("AWS_")) {
         command.env_remove(name);
     }

@@ -1,5 +1,6 @@
 //! What the lane of real peers asks beyond the replication suite.
 
+pub mod actions;
 pub mod main_job;
 pub mod queues;
 pub mod sizes;

@@ -1,10 +1,11 @@
 //! Between which tables, and what may not be compared or repaired.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_dynamodb::types::TableDescription;
 
-use super::super::one_shot::{Fed, Flow, Owners};
+use super::super::one_shot::{Fed, Flow, Owners, elsewhere};
 use super::Args;
 use super::job::Asked;
 use crate::config::read::Loaded;
@@ -20,8 +21,9 @@ use crate::lease::row::{
     Closes, Row, ShardRow, StreamRow, comparison_rows, comparisons, known_table_id,
 };
 use crate::lease::table::StateTable;
+use crate::lease::term::Term;
 use crate::repair::KeepExpired;
-use crate::run::start::{any_key, find_active, unusable};
+use crate::run::start::{any_key, find_standing, unusable};
 
 /// An eventually consistent read unit.
 const BYTES_PER_UNIT: f64 = 8_192.0;
@@ -38,6 +40,10 @@ pub(super) struct Ground<'a> {
     /// Label of the active region.
     pub(super) active: String,
     pub(super) epoch: u64,
+    /// The right to write in that epoch.
+    pub(super) term: Arc<Term>,
+    /// The state tables of the other regions.
+    pub(super) elsewhere: Vec<StateTable>,
     /// The state tables of the two regions, where they have one.
     pub(super) source_state: Option<StateTable>,
     pub(super) target_state: Option<StateTable>,
@@ -66,7 +72,8 @@ pub(super) async fn ground<'a>(
     regions: &'a Regions,
 ) -> Result<Ground<'a>, Failure> {
     let config = &loaded.config;
-    let (active, epoch) = find_active(config, &loaded.here, regions).await?;
+    let standing = find_standing(config, &loaded.here, regions).await?;
+    let (active, epoch) = (standing.active.clone(), standing.epoch);
     let region = |label: &str| {
         regions.get(label).ok_or_else(|| {
             let labels: Vec<&str> = config.regions.keys().map(String::as_str).collect();
@@ -96,6 +103,9 @@ pub(super) async fn ground<'a>(
             "Name two regions with --source and --target",
         ));
     }
+    if asked.apply {
+        standing.refuse_quarantined(&target.label)?;
+    }
     let name = config.state_table();
     let state = async |place: &RegionClients| {
         let described = describe(&place.tables, &name).await;
@@ -124,6 +134,8 @@ pub(super) async fn ground<'a>(
         target,
         active,
         epoch,
+        term: Term::new(epoch, config.leases.duration, standing.begun),
+        elsewhere: elsewhere(config, regions, &[&source.label, &target.label]),
         source_state,
         target_state,
     })
@@ -283,6 +295,9 @@ impl<'a> Ground<'a> {
             heeds_tap: self.is_with_the_flow(),
             other: self.source_state.as_ref(),
             source: &self.source.label,
+            target: &self.target.label,
+            elsewhere: &self.elsewhere,
+            term: &self.term,
             is_alone: matches!(self.asked.strategy, Strategy::Newest(_)),
         })
     }

@@ -21,7 +21,7 @@ use super::rules::{After, HoldPlan, Plan, Refusal};
 use super::touched::{Touched, table_name, touched};
 use super::{streams, tables};
 
-pub(crate) const EPOCH_HEADER: &str = "x-farshore-epoch";
+pub(crate) const EPOCH_HEADER: &str = crate::lease::term::EPOCH_HEADER;
 
 /// What the client gets.
 #[derive(Debug)]

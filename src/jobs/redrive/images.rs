@@ -34,6 +34,7 @@ use crate::dynamo::transmit::{Bound, Left, within};
 use crate::dynamo::value::{Item, item_bytes, same_item};
 use crate::error::{Class, Fault, Operation, Policy, classify};
 use crate::lease::doubts::effect_unknown;
+use crate::lease::term::within_term;
 use crate::repair::Attempts;
 use crate::stream::change::write_units;
 use crate::stream::stream_label;
@@ -255,7 +256,10 @@ impl FromImages<'_> {
             Err("it took longer than letters can be held: ask again".to_owned())
         } else if self.stop.is_cancelled() {
             Err("it was asked to stop".to_owned())
-        } else if self.rights.hold.remaining().is_zero() {
+        } else if (self.rights.hold.remaining())
+            .min(self.ground.term.remaining())
+            .is_zero()
+        {
             Err(LOST.to_owned())
         } else {
             Ok(())
@@ -385,7 +389,8 @@ impl FromImages<'_> {
         }
     }
 
-    /// Writes what the record wrote, on condition that the replica holds what it replaced.
+    /// Writes what the record wrote, on condition that the replica holds what it replaced, while the epoch
+    /// lasts.
     async fn write(
         &self,
         letter: &Letter,
@@ -393,7 +398,9 @@ impl FromImages<'_> {
         budget: &Arc<Budget>,
     ) -> Result<(), Fault> {
         let bound: Arc<dyn Bound> = Arc::clone(budget) as _;
-        let (answer, left) = within(bound, ATTEMPT_TIMEOUT, self.send(letter)).await;
+        let bound = within_term(&bound, Some(self.ground.term));
+        let timeout = bound.remaining().min(ATTEMPT_TIMEOUT);
+        let (answer, left) = within(bound, timeout, self.send(letter)).await;
         match answer {
             Some(Ok(told)) => {
                 payment.took(units_by_size(letter), told);
@@ -413,7 +420,7 @@ impl FromImages<'_> {
                 Operation::Write,
                 Class::Network,
                 "no answer in time",
-                "the replica did not answer within the timeout",
+                "the replica did not answer within the timeout or the epoch",
             )),
         }
     }

@@ -30,6 +30,10 @@ pub struct WorkerRow {
     /// Whether it was asked to stop: it drains, and takes nothing any more.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
+    /// A later epoch that it has acknowledged: nothing of its own is sent any more, and its leases are
+    /// given back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acknowledged: Option<u64>,
     /// Keys of the leases it asks their owners to hand over.
     #[serde(
         default,
@@ -58,6 +62,7 @@ impl WorkerRow {
             since,
             updated_at: 0,
             leaving: false,
+            acknowledged: None,
             wants: Vec::new(),
         }
     }

@@ -3,7 +3,8 @@
 use metrics::{counter, gauge};
 
 use super::{
-    CLOCK_ERROR, GROUP_POINT, LAST_RECORD, LOST, OPEN, OUTAGE, POINT, STANDBY, TAKEN, UNOWNED,
+    BUDGET, CLOCK_ERROR, DOUBTS, DRIFT, GROUP_POINT, HEADROOM, ITERATOR_AGE, LAST_RECORD, LEASES,
+    LIMIT, LOST, OPEN, OUTAGE, PAUSED, POINT, STANDBY, TAKEN, UNOWNED, VERIFIED_AGE,
 };
 use crate::observe::health::Scope;
 use crate::observe::recovery::Age;
@@ -30,9 +31,33 @@ fn kinds(age: Age) -> [(&'static str, f64); 2] {
     ]
 }
 
-/// This region is the active one.
-pub fn standby() {
-    gauge!(STANDBY).set(1.0);
+/// Whether this region is the active one.
+pub fn standby(is_active: bool) {
+    gauge!(STANDBY).set(f64::from(u8::from(is_active)));
+}
+
+/// This worker feeds none of `tables` any more: what grew older by itself is no number from now on, and
+/// nothing is held.
+pub fn feeds_no_more<'a>(tables: impl Iterator<Item = &'a str> + Clone) {
+    for kind in ["proven", "estimated"] {
+        gauge!(GROUP_POINT, "kind" => kind).set(f64::NAN);
+    }
+    for table in tables.clone() {
+        for kind in ["proven", "estimated"] {
+            gauge!(POINT, "table" => table.to_owned(), "kind" => kind).set(f64::NAN);
+        }
+        for name in [ITERATOR_AGE, HEADROOM, VERIFIED_AGE, DRIFT] {
+            gauge!(name, "table" => table.to_owned()).set(f64::NAN);
+        }
+        for name in [LEASES, OPEN, UNOWNED, PAUSED, DOUBTS, BUDGET, LIMIT] {
+            gauge!(name, "table" => table.to_owned()).set(0.0);
+        }
+    }
+    for table in tables.chain([""]) {
+        for scope in Scope::ALL {
+            outage(table, scope, false);
+        }
+    }
 }
 
 /// When a record of `table` was last finished, in milliseconds; 0 before the first.

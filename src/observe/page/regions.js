@@ -13,7 +13,7 @@ const REGION_STATES = {
   unknown: ["busy", "not asked"],
 };
 
-const ROLES = { active: "active: the application writes here", replica: "replica: fed from the active region", other: "not part of this flow" };
+const ROLES = { active: "active: the application writes here", replica: "replica: fed from the active region", quarantined: "quarantined: nobody writes there", other: "not part of this flow" };
 
 /** Whether anything is fed where this is seen from: not where the region is active. */
 function isFed(view) {

@@ -10,6 +10,7 @@ use super::{
 use crate::config::Config;
 use crate::dynamo::clock::{Reading, rfc3339};
 use crate::error::{Class, Fault};
+use crate::lease::control::{Part, part};
 use crate::lease::orphans::readable;
 use crate::lease::row::{
     ControlRow, DoubtRow, GapReason, GapRow, JobKind, Mending, PauseRow, Progress, ReconcileRow,
@@ -18,7 +19,7 @@ use crate::lease::row::{
 use crate::lease::rules::worker_of;
 use crate::observe::board::RETENTION_MS;
 use crate::observe::headline::headline;
-use crate::observe::health::Reason;
+use crate::observe::health::{IDLE_CODES, Reason};
 use crate::observe::history::rounded;
 use crate::observe::liveness::Limits;
 use crate::observe::recovery::{Age, Ground, Live, Moments, of_group, of_shards, of_tables};
@@ -128,8 +129,16 @@ pub fn build(seen: Seen<'_>) -> View {
         .active
         .or(control.map(|control| control.active.as_str()));
     let source = active.unwrap_or(&seen.config.active).to_owned();
+    let reasons = &seen.facts.reasons;
+    let is_idle = |reason: &Reason| IDLE_CODES.contains(&reason.code.as_str());
+    // A worker that feeds nothing reads no rows, and says so itself.
+    let told = reasons.iter().any(|reason| reason.code == "quarantined");
+    let waits =
+        |own: &ControlRow| part(seen.here, (&source, epoch), Some(own), [own]) == Part::Quarantined;
+    let quarantined = told || control.is_some_and(waits);
     let mut builder = Builder {
-        feeds: source != seen.here,
+        feeds: source != seen.here && !quarantined && !reasons.iter().any(is_idle),
+        quarantined,
         active: active.map(str::to_owned),
         source,
         epoch,
@@ -151,9 +160,10 @@ pub(super) struct Builder<'a> {
     pub(super) seen: &'a Seen<'a>,
     jobs: &'a [Progress<'a>],
     active: Option<String>,
-    source: String,
-    epoch: u64,
+    pub(super) source: String,
+    pub(super) epoch: u64,
     pub(super) feeds: bool,
+    pub(super) quarantined: bool,
     /// The shards that are followed, in the order of their keys.
     current: Vec<&'a ShardRow>,
     /// Those that nobody living owns.
@@ -570,8 +580,13 @@ impl<'a> Builder<'a> {
     }
 
     fn region(&self, label: &str) -> Region {
+        let listed = (self.seen.rows.control)
+            .is_some_and(|control| control.quarantined.iter().any(|waiting| waiting == label));
         let role = match label {
             label if label == self.source => RegionRole::Active,
+            label if listed || (self.quarantined && label == self.seen.here) => {
+                RegionRole::Quarantined
+            }
             label if label == self.seen.here => RegionRole::Replica,
             _ => RegionRole::Other,
         };

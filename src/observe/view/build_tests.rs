@@ -1,6 +1,6 @@
 use super::*;
 use crate::config::read::{Loaded, parse};
-use crate::lease::row::{DoubtCause, FORMAT_VERSION, Resumed, SHARD_END};
+use crate::lease::row::{DoubtCause, FORMAT_VERSION, Resumed, SHARD_END, state};
 use crate::stream::ShardId;
 use crate::stream::reader::Position;
 
@@ -74,6 +74,7 @@ struct State {
     pauses: Vec<PauseRow>,
     gaps: Vec<GapRow>,
     workers: Vec<WorkerRow>,
+    control: Option<ControlRow>,
 }
 
 impl State {
@@ -87,6 +88,7 @@ impl State {
             pauses: Vec::new(),
             gaps: Vec::new(),
             workers: vec![worker],
+            control: None,
         }
     }
 
@@ -104,7 +106,7 @@ impl State {
             replica_ms: host_ms,
             host_ms,
             rows: Rows {
-                control: None,
+                control: self.control.as_ref(),
                 shards: &self.shards,
                 streams: &self.streams,
                 gaps: &self.gaps,
@@ -188,6 +190,28 @@ fn a_dead_worker_is_seen_by_its_silence_and_the_recovery_point_ages() {
     // In the active region nobody has to feed.
     let standby = state.view_at(NOW_MS + 60_000, Some("us-west-2"));
     assert_eq!(standby.headline.code, "standby");
+}
+
+#[test]
+fn a_region_in_quarantine_is_shown_as_such_and_nobody_has_to_feed_it() {
+    let mut state = State::calm();
+    let mut control = ControlRow::first("g", "us-east-1", "me", String::new());
+    control.epoch = 2;
+    control.quarantined = vec!["us-west-2".to_owned()];
+    control.state = state::QUARANTINED.to_owned();
+    state.control = Some(control);
+    let view = state.view_at(NOW_MS + 60_000, None);
+    assert_eq!(view.headline.code, "quarantined");
+    assert_eq!(view.headline.level, Level::Warn);
+    assert!(view.flow.is_none() && !view.reasons.iter().any(|r| r.code == "nobody-feeds"));
+    let role = |label: &str| {
+        view.regions
+            .iter()
+            .find(|region| region.label == label)
+            .map(|r| r.role)
+    };
+    assert_eq!(role("us-west-2"), Some(RegionRole::Quarantined));
+    assert_eq!(role("us-east-1"), Some(RegionRole::Active));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::build::Builder;
 use super::{Table, View};
 use crate::dynamo::clock::rfc3339;
-use crate::observe::health::Reason;
+use crate::observe::health::{Idle, Reason};
 
 /// So much of the 24 hours has to be left before somebody has to know: six hours.
 pub const HEADROOM_ALARM_S: f64 = 6.0 * 3_600.0;
@@ -20,6 +20,15 @@ impl Builder<'_> {
                 next: next.to_owned(),
             });
         };
+        if self.quarantined {
+            let idle = Idle::Quarantined {
+                here: self.seen.here.to_owned(),
+                active: self.source.clone(),
+                epoch: self.epoch,
+            };
+            let reason = idle.reason();
+            say(&reason.code, "", reason.text, &reason.next);
+        }
         let living = self.seen.rows.workers.iter().any(|row| self.is_alive(row));
         let last = self.seen.rows.workers.iter().map(|row| row.updated_at);
         let last = last.chain(

@@ -1,0 +1,256 @@
+//! A stream read from its beginning, or from given positions, to where it stands now: every shard after
+//! its parents, new shards as they come.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::dynamo::RegionClients;
+use crate::error::{Class, Fault, Policy};
+use crate::stream::change::{Change, Undecodable};
+use crate::stream::listing::Lister;
+use crate::stream::reader::{PAGE_RECORDS_MAX, Position, ShardReader};
+use crate::stream::{Shard, ShardId};
+
+/// Consecutive empty pages after which a shard counts as holding nothing more.
+const EMPTY_PAGES_PROVE: u32 = 5;
+const EMPTY_PAUSE: Duration = Duration::from_millis(100);
+/// A page with fewer records than this is the last one for now.
+const FULL_PAGE: usize = 100;
+/// Between two listings: DescribeStream is paced for others, too.
+const LIST_EVERY: Duration = Duration::from_secs(2);
+/// Pages of one shard in a round, so that one busy shard does not hold the others up.
+const PAGES_A_ROUND: u32 = 50;
+
+/// A record as it was read: the change it tells of, or why there is none.
+pub(super) type Read = Result<Change, Box<Undecodable>>;
+
+struct Reading {
+    reader: ShardReader,
+    parent: Option<ShardId>,
+    ended: bool,
+    /// It was read beyond what is asked for: what follows, in its children as well, is no concern.
+    passed: bool,
+    empty: u32,
+    /// When the first of the empty pages was asked for, by the region's clock.
+    empty_since_ms: i64,
+}
+
+/// A stream that is read on and on.
+pub(super) struct Tail {
+    region: RegionClients,
+    lister: Lister,
+    arn: String,
+    /// Records made before this are left out, in milliseconds.
+    since_ms: i64,
+    /// Where to begin, where that is known: then only those shards are read, and what came from them.
+    begin: Option<BTreeMap<String, Position>>,
+    shards: BTreeMap<ShardId, Reading>,
+    listed: Option<Instant>,
+}
+
+impl Tail {
+    /// The stream `arn` of `region`, from `since_ms` on.
+    pub(super) fn new(region: &RegionClients, arn: String, since_ms: i64) -> Self {
+        Self {
+            region: region.clone(),
+            lister: Lister::new(region.streams.clone()),
+            arn,
+            since_ms,
+            begin: None,
+            shards: BTreeMap::new(),
+            listed: None,
+        }
+    }
+
+    /// Reads only these shards, from these positions, and those that came from them: those from their
+    /// beginning, whatever their own position is, so that nothing of a key is missed in between.
+    pub(super) fn begin_at(&mut self, positions: impl Iterator<Item = (String, Position)>) {
+        self.begin = Some(positions.collect());
+    }
+
+    async fn list(&mut self) -> Result<(), Fault> {
+        if self.listed.is_some_and(|at| at.elapsed() < LIST_EVERY) {
+            return Ok(());
+        }
+        let listing = self.lister.all(&self.arn, || {}).await?;
+        self.listed = Some(Instant::now());
+        let parents: BTreeMap<ShardId, ShardId> = listing
+            .shards
+            .iter()
+            .filter_map(|shard| Some((shard.id.clone(), shard.parent.clone()?)))
+            .collect();
+        for shard in &listing.shards {
+            self.take(shard, &parents);
+        }
+        // Shards that are not listed any more can be read all the same, or are gone.
+        let missing: Vec<(String, Position)> = match &self.begin {
+            Some(begin) => begin
+                .iter()
+                .filter(|(id, _)| !self.shards.contains_key(&ShardId((*id).clone())))
+                .map(|(id, position)| (id.clone(), position.clone()))
+                .collect(),
+            None => Vec::new(),
+        };
+        for (id, position) in missing {
+            self.add(ShardId(id), None, position);
+        }
+        Ok(())
+    }
+
+    /// Takes a shard in that is to be read.
+    fn take(&mut self, shard: &Shard, parents: &BTreeMap<ShardId, ShardId>) {
+        if self.shards.contains_key(&shard.id) {
+            return;
+        }
+        let position = match &self.begin {
+            None => match self.since_ms {
+                i64::MIN..=0 => Position::TrimHorizon,
+                since_ms => Position::AtTimestamp(since_ms),
+            },
+            Some(begin) => {
+                let ours = |id: &ShardId| begin.contains_key(&id.0);
+                // No lineage is deeper than it has shards.
+                let ancestors =
+                    std::iter::successors(parents.get(&shard.id), |id| parents.get(*id));
+                let came_from_ours = ancestors.take(parents.len()).any(ours);
+                match begin.get(&shard.id.0) {
+                    _ if came_from_ours => Position::TrimHorizon,
+                    Some(position) => position.clone(),
+                    None => return,
+                }
+            }
+        };
+        self.add(shard.id.clone(), shard.parent.clone(), position);
+    }
+
+    fn add(&mut self, id: ShardId, parent: Option<ShardId>, position: Position) {
+        let streams = self.region.streams.clone();
+        let reading = Reading {
+            reader: ShardReader::new(streams, &self.arn, &id, position),
+            parent,
+            ended: false,
+            passed: false,
+            empty: 0,
+            empty_since_ms: 0,
+        };
+        self.shards.insert(id, reading);
+    }
+
+    /// The shards that may be read now: their parents are read to their ends.
+    fn readable(&self) -> Vec<ShardId> {
+        let open: BTreeSet<&ShardId> = self
+            .shards
+            .iter()
+            .filter(|(_, reading)| !reading.ended)
+            .map(|(id, _)| id)
+            .collect();
+        let may = |reading: &Reading| {
+            let parent = reading.parent.as_ref();
+            parent.is_none_or(|parent| !open.contains(parent))
+        };
+        let is_due = |reading: &Reading| may(reading) && !reading.passed;
+        open.iter()
+            .filter(|id| self.shards.get(**id).is_some_and(is_due))
+            .map(|id| (*id).clone())
+            .collect()
+    }
+
+    /// Reads what there is now, into `records`. Whether every shard was seen to hold nothing more that was
+    /// made until `until_ms`.
+    pub(super) async fn round(
+        &mut self,
+        until_ms: i64,
+        records: &mut VecDeque<Read>,
+    ) -> Result<bool, Fault> {
+        self.list().await?;
+        let mut passed = true;
+        for id in self.readable() {
+            let Some(reading) = self.shards.get_mut(&id) else {
+                continue;
+            };
+            for _ in 0..PAGES_A_ROUND {
+                let asked_ms = self.region.clock.now_ms();
+                let page = match reading.reader.next(PAGE_RECORDS_MAX).await {
+                    Ok(page) => page,
+                    Err(fault) if fault.policy() == Policy::NewIterator => break,
+                    // What a stream has forgotten, or a shard that is gone, shows nothing any more.
+                    Err(fault) if matches!(fault.class, Class::Trimmed | Class::NotFound) => {
+                        reading.ended = true;
+                        break;
+                    }
+                    Err(fault) => return Err(fault),
+                };
+                reading.ended = page.end;
+                let is_empty = page.records.is_empty();
+                match (is_empty, reading.empty) {
+                    (true, 0) => (reading.empty, reading.empty_since_ms) = (1, asked_ms),
+                    (true, _) => reading.empty += 1,
+                    (false, _) => reading.empty = 0,
+                }
+                let since_ms = self.since_ms;
+                records.extend(page.records.into_iter().filter(|record| {
+                    let made_ms = match record {
+                        Ok(change) => change.created_ms,
+                        Err(undecodable) => undecodable.created_ms,
+                    };
+                    // Where it is not known when, it may have been then.
+                    made_ms == 0 || made_ms >= since_ms
+                }));
+                if is_empty || reading.ended {
+                    break;
+                }
+            }
+            // A child of one that has ended is read in the next round.
+            passed &= !reading.ended
+                && reading.empty >= EMPTY_PAGES_PROVE
+                && reading.empty_since_ms > until_ms;
+            if reading.empty >= EMPTY_PAGES_PROVE && reading.empty_since_ms <= until_ms {
+                reading.empty = 0;
+            }
+        }
+        Ok(passed)
+    }
+
+    /// Reads everything there is now that was made until `until_ms`, once. Somebody may write on and on: a
+    /// shard is left at the first page with a later record, or that is empty and was asked for later.
+    pub(super) async fn read_all(
+        &mut self,
+        until_ms: i64,
+        mut take: impl AsyncFnMut(&str, Read),
+    ) -> Result<(), Fault> {
+        self.list().await?;
+        loop {
+            let readable = self.readable();
+            let mut moved = false;
+            for id in readable {
+                let Some(reading) = self.shards.get_mut(&id) else {
+                    continue;
+                };
+                while !reading.ended && !reading.passed && reading.empty < EMPTY_PAGES_PROVE {
+                    let page = reading.reader.next(PAGE_RECORDS_MAX).await?;
+                    reading.ended = page.end;
+                    reading.passed = page
+                        .records
+                        .iter()
+                        .any(|record| record.as_ref().is_ok_and(|made| made.created_ms > until_ms));
+                    match page.records.is_empty() {
+                        true => reading.empty += 1,
+                        false => reading.empty = 0,
+                    }
+                    if page.records.len() < FULL_PAGE {
+                        // It is read to where it stands now.
+                        tokio::time::sleep(EMPTY_PAUSE).await;
+                    }
+                    for record in page.records {
+                        take(&id.0, record).await;
+                    }
+                }
+                moved |= reading.ended;
+            }
+            // One that has ended makes way for its children.
+            if !moved || self.readable().is_empty() {
+                return Ok(());
+            }
+        }
+    }
+}

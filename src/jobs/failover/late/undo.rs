@@ -1,0 +1,208 @@
+//! Takes a late write back, on condition that nobody has written the key since.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::AttributeValue;
+
+use super::Held;
+use crate::backoff::Backoff;
+use crate::dynamo::RegionClients;
+use crate::dynamo::item::ItemKey;
+use crate::dynamo::read::batch_get;
+use crate::dynamo::transmit::{Bound, within};
+use crate::dynamo::value::Item;
+use crate::error::{Class, Fault, Operation, Policy, classify};
+use crate::lease::term::Term;
+
+/// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
+const ATTRIBUTES_MAX: usize = 150;
+/// How often it is tried while its failure may pass by itself.
+const ATTEMPTS_MAX: u32 = 20;
+/// Longest wait for the answer to a write.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Undone {
+    /// The key holds what is right.
+    Yes,
+    /// Somebody has written it since: that counts.
+    Overwritten,
+    /// It can never be.
+    Cannot(String),
+}
+
+impl Undone {
+    pub(super) const fn label(&self) -> &'static str {
+        match self {
+            Undone::Yes => "undone",
+            Undone::Overwritten => "overwritten since",
+            Undone::Cannot(_) => "it cannot be undone",
+        }
+    }
+}
+
+/// Makes the item under `keys` what is `right`, where it is still what the `late` write left; while `term`
+/// is good.
+pub(super) async fn undo(
+    (region, term): (&RegionClients, &Arc<Term>),
+    table: &str,
+    keys: &Item,
+    late: &Held,
+    right: &Held,
+) -> Result<Undone, Fault> {
+    if late
+        .0
+        .as_ref()
+        .is_some_and(|item| item.len() > ATTRIBUTES_MAX)
+    {
+        return Ok(Undone::Cannot(format!(
+            "it has more than {ATTRIBUTES_MAX} attributes, and no condition can name them all"
+        )));
+    }
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let mut attempts = 0;
+    loop {
+        // Read first: a condition cannot say that there is no other attribute.
+        let asked = batch_get(
+            Operation::ReadReplica,
+            (&region.tables, table),
+            std::slice::from_ref(keys),
+        );
+        let tried = match asked.await {
+            Ok(got) if got.left.is_empty() => {
+                let found = got.items.into_iter().find(|item| {
+                    // Of the one key that was asked for.
+                    ItemKey::of(item, keys) == ItemKey::new(keys)
+                });
+                let now = Held(found);
+                if now == *right {
+                    return Ok(Undone::Yes);
+                }
+                if now != *late {
+                    return Ok(Undone::Overwritten);
+                }
+                let bound: Arc<dyn Bound> = Arc::clone(term) as _;
+                let timeout = bound.remaining().min(WRITE_TIMEOUT);
+                if timeout.is_zero() {
+                    // Nothing here confirms it: the next look does.
+                    return Err(epoch_unconfirmed());
+                }
+                let writing = write(region, table, keys, late, right);
+                let (answer, _) = within(bound, timeout, writing).await;
+                answer.unwrap_or_else(|| {
+                    Err(Fault::own(
+                        Operation::Write,
+                        Class::Network,
+                        "no answer in time",
+                        "the region did not answer within the timeout or the epoch",
+                    ))
+                })
+            }
+            Ok(_) => Err(Fault::own(
+                Operation::ReadReplica,
+                Class::Throttled,
+                "UnprocessedKeys",
+                "the service returned the key unprocessed",
+            )),
+            Err(fault) => Err(fault),
+        };
+        attempts += 1;
+        match tried {
+            // What is there now is told by the next look.
+            Ok(()) => {}
+            Err(fault) if fault.class == Class::Condition => {}
+            Err(fault) if fault.policy() == Policy::DeadLetter => {
+                return Ok(Undone::Cannot(fault.summary()));
+            }
+            Err(fault) if fault.policy() == Policy::Retry && attempts < ATTEMPTS_MAX => {
+                tokio::time::sleep(backoff.pause()).await;
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+}
+
+fn epoch_unconfirmed() -> Fault {
+    Fault::own(
+        Operation::State,
+        Class::Network,
+        "epoch not confirmed",
+        "the control record was not read for a lease",
+    )
+}
+
+/// That an item is still there as the late write left it, or still gone.
+struct Condition {
+    text: String,
+    names: HashMap<String, String>,
+    values: Option<HashMap<String, AttributeValue>>,
+}
+
+impl Condition {
+    fn of(keys: &Item, late: &Held) -> Self {
+        let mut names = HashMap::new();
+        let Some(late) = &late.0 else {
+            let key = keys.keys().min().cloned().unwrap_or_default();
+            names.insert("#k".to_owned(), key);
+            return Self {
+                text: "attribute_not_exists(#k)".to_owned(),
+                names,
+                values: None,
+            };
+        };
+        let mut parts = Vec::new();
+        let mut values = HashMap::new();
+        for (number, (name, value)) in late.iter().enumerate() {
+            parts.push(format!("#a{number} = :a{number}"));
+            names.insert(format!("#a{number}"), name.clone());
+            values.insert(format!(":a{number}"), value.clone());
+        }
+        Self {
+            text: parts.join(" AND "),
+            names,
+            values: Some(values),
+        }
+    }
+}
+
+async fn write(
+    region: &RegionClients,
+    table: &str,
+    keys: &Item,
+    late: &Held,
+    right: &Held,
+) -> Result<(), Fault> {
+    let condition = Condition::of(keys, late);
+    let failed = Operation::Write;
+    match &right.0 {
+        Some(item) => region
+            .tables
+            .put_item()
+            .table_name(table)
+            .set_item(Some(item.clone()))
+            .condition_expression(condition.text)
+            .set_expression_attribute_names(Some(condition.names))
+            .set_expression_attribute_values(condition.values)
+            .send()
+            .await
+            .map(|_| ())
+            .map_err(|error| classify(failed, &error)),
+        None => region
+            .tables
+            .delete_item()
+            .table_name(table)
+            .set_key(Some(keys.clone()))
+            .condition_expression(condition.text)
+            .set_expression_attribute_names(Some(condition.names))
+            .set_expression_attribute_values(condition.values)
+            .send()
+            .await
+            .map(|_| ())
+            .map_err(|error| classify(failed, &error)),
+    }
+}

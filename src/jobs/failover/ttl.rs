@@ -1,0 +1,145 @@
+//! Time to live: on in the new active region, off in the old one. Not a part of the switch: it is the
+//! control plane of two regions, and one of them may be gone. So it is tried once everything else is done,
+//! and what does not work is told as the commands that do it.
+
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::TimeToLiveSpecification;
+
+use super::{Failover, Survey};
+use crate::backoff::Backoff;
+use crate::config::Config;
+use crate::dynamo::table::{ttl_attribute, ttl_is_on};
+use crate::dynamo::{RegionClients, Regions};
+use crate::error::{Class, Fault, Operation, Policy, classify, source_chain};
+
+/// How long a region is asked for, that need not answer.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
+const ATTEMPTS_MAX: u32 = 4;
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// The time to live of one table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ttl {
+    /// Its name in the configuration.
+    pub table: String,
+    /// The attribute, where it has one; why that is not known, where it is not.
+    pub attribute: Result<Option<String>, String>,
+    /// What is still to be done, as commands, each with why it was not.
+    pub left: Vec<(String, String)>,
+}
+
+impl Ttl {
+    /// Whether nothing is left to be done for it.
+    pub fn is_done(&self) -> bool {
+        self.attribute.is_ok() && self.left.is_empty()
+    }
+}
+
+/// What the tables of the old active region have, as far as it answers.
+pub async fn look(config: &Config, source: &RegionClients) -> Vec<Ttl> {
+    let client = source.tables_within(LOOK_TIMEOUT);
+    let asked = config.tables.iter().map(async |table| {
+        let found = ttl_attribute(&client, table.name_in(&source.label)).await;
+        Ttl {
+            table: table.name.clone(),
+            attribute: found.map_err(|fault| fault.to_string()),
+            left: Vec::new(),
+        }
+    });
+    futures::future::join_all(asked).await
+}
+
+/// The region that is active before a failover that `survey` saw, where the configuration has it.
+pub fn source<'a>(survey: &Survey, regions: &'a Regions) -> Option<&'a RegionClients> {
+    let under_way = survey.own.as_ref().filter(|_| survey.is_under_way());
+    let previous = under_way.and_then(|own| own.previous.as_ref());
+    let label = previous.map_or(&survey.active, |previous| &previous.active);
+    regions.get(label)
+}
+
+impl Failover<'_> {
+    /// Switches the time to live of every table over, as far as both regions answer.
+    pub(super) async fn switch_ttl(&self) -> Vec<Ttl> {
+        let sources = self.sources_of(self.record.epoch - 1);
+        let Some(source) = sources.into_iter().next() else {
+            return Vec::new();
+        };
+        let mut tables = look(self.config, source).await;
+        for (ttl, table) in tables.iter_mut().zip(&self.config.tables) {
+            let Ok(Some(attribute)) = ttl.attribute.clone() else {
+                continue;
+            };
+            for (region, on) in [(self.target, true), (source, false)] {
+                let name = table.name_in(&region.label);
+                // Off in the old region only once it is on in the new one: read again later, the old one is
+                // what tells which attribute it is.
+                let done = match ttl.left.is_empty() {
+                    true => set(region, name, &attribute, on).await,
+                    false => {
+                        let why = "only once it is on in the new active region".to_owned();
+                        ttl.left.push((command(region, name, &attribute, on), why));
+                        continue;
+                    }
+                };
+                if let Err(fault) = done {
+                    let command = command(region, name, &attribute, on);
+                    ttl.left.push((command, fault.to_string()));
+                }
+            }
+        }
+        tables
+    }
+}
+
+/// The command that turns it on or off.
+pub fn command(region: &RegionClients, table: &str, attribute: &str, on: bool) -> String {
+    format!(
+        "aws dynamodb update-time-to-live --region {} --table-name {table} --time-to-live-specification Enabled={on},AttributeName={attribute}",
+        region.region
+    )
+}
+
+async fn set(region: &RegionClients, table: &str, attribute: &str, on: bool) -> Result<(), Fault> {
+    let specification = TimeToLiveSpecification::builder()
+        .enabled(on)
+        .attribute_name(attribute)
+        .build()
+        .map_err(|error| {
+            let why = source_chain(Some(&error));
+            Fault::own(
+                Operation::Provision,
+                Class::Unknown,
+                "request not built",
+                why,
+            )
+        })?;
+    let client = region.tables_within(LOOK_TIMEOUT);
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    for _ in 1..ATTEMPTS_MAX {
+        // As it is to be already: the service refuses to do that again.
+        if ttl_is_on(&client, table, attribute).await? == on {
+            return Ok(());
+        }
+        let answer = client
+            .update_time_to_live()
+            .table_name(table)
+            .time_to_live_specification(specification.clone())
+            .send()
+            .await;
+        match answer.map_err(|error| classify(Operation::Provision, &error)) {
+            Ok(_) => return Ok(()),
+            Err(fault) if fault.policy() == Policy::Retry => {
+                tokio::time::sleep(backoff.pause()).await;
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+    Err(Fault::own(
+        Operation::Provision,
+        Class::Service,
+        "not done",
+        "it was tried several times",
+    ))
+}
