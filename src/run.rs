@@ -52,7 +52,7 @@ use crate::config::{Config, Table};
 use crate::dynamo::Regions;
 use crate::error::Exit;
 use crate::lease::budget_keeper::BudgetKeeper;
-use crate::lease::control::Heed;
+use crate::lease::control::{Flow, Heed, heed};
 use crate::lease::term::Term;
 use crate::observe::board::Board;
 use crate::observe::health::Health;
@@ -186,11 +186,6 @@ async fn feed_until(
     for (region, record) in &feed.records {
         records.note(region, record.clone());
     }
-    // Before anything is written in a later epoch: a worker that starts anew while nobody else answers must
-    // not go back to an older one.
-    if feed.epoch > 1 && !records.adopt_patiently(stop).await {
-        return Fed::Stopped(Exit::Done);
-    }
     let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
         writers: writers(&config, &feed, (&term, &budgets)),
@@ -229,6 +224,14 @@ async fn feed_until(
     metrics::begin_worker();
     // Cancelled with `stop`, and at once when the epoch is over.
     let ending = stop.child_token();
+    let never = CancellationToken::new();
+    let entered = tokio::select! {
+        entered = enter(&shared, &records, stop) => entered,
+        () = beat(&shared.health, None, metrics, &never) => false,
+    };
+    if !entered {
+        return Fed::Stopped(Exit::Done);
+    }
     // Dropped with this function, and their tasks with them.
     let mut keepers = JoinSet::new();
     keepers.spawn(keep_watching(Arc::clone(&shared), snapshots));
@@ -237,7 +240,12 @@ async fn feed_until(
     keepers.spawn(member::keep_budgets(Arc::clone(&shared)));
     keepers.spawn(keep_term(Arc::clone(&shared), Arc::clone(&records)));
     let mut repairs = JoinSet::new();
-    for table in &shared.config.tables {
+    // Over already, it has nothing to do but to acknowledge that.
+    let tables_followed = match shared.is_in_epoch() {
+        true => shared.config.tables.as_slice(),
+        false => &[],
+    };
+    for table in tables_followed {
         repairs.spawn(keep_repairing(
             Arc::clone(&shared),
             table.clone(),
@@ -258,7 +266,7 @@ async fn feed_until(
     // Cancelled a moment after `stop`: the others know by then that this worker's share is theirs.
     let draining = CancellationToken::new();
     let mut tables = JoinSet::new();
-    for table in &shared.config.tables {
+    for table in tables_followed {
         shared.health.set_starting(&table.name);
         tables.spawn(supervise(
             Arc::clone(&shared),
@@ -294,7 +302,7 @@ async fn feed_until(
             // Whatever is left of them sends nothing any more.
             tables.shutdown().await;
             repairs.shutdown().await;
-            if records.adopt_patiently(stop).await {
+            if records.adopt_patiently(&shared.health, stop).await {
                 // What is stored there now may be later still.
                 let epoch = records.own().map_or(epoch, |own| own.epoch.max(epoch));
                 member::acknowledge(&shared, epoch, stop).await;
@@ -331,6 +339,26 @@ async fn feed_until(
         (true, Ok(true)) => Fed::Stopped(Exit::Done),
         (true, _) => Fed::Stopped(Exit::Remains),
     }
+}
+
+/// What has to be so before anything is written: this worker's row is there, so that a failover counts it; and
+/// the control record, read after that, says no later epoch, so that none has begun before it was. In a later
+/// epoch than the first the own state table says that one by then: who starts anew while nobody else answers
+/// must not go back. False once asked to stop.
+async fn enter(shared: &Shared, records: &Records, stop: &CancellationToken) -> bool {
+    if shared.epoch > 1 && !records.adopt_patiently(&shared.health, stop).await {
+        return false;
+    }
+    if !member::enter(shared, stop).await || !records.read_patiently(&shared.health, stop).await {
+        return false;
+    }
+    let flow = Flow {
+        epoch: shared.epoch,
+        active: &shared.source.label,
+    };
+    // Going on ends nothing.
+    shared.term.end(heed(flow, &records.seen()));
+    true
 }
 
 /// Keeps the control records read: without them the term ends, and nothing is written. A reader that

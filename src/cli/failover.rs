@@ -78,11 +78,11 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         };
         let config = &loaded.config;
         let why = (by.as_str(), reason.as_str());
-        let is_closed = applied.is_some();
+        let closed = applied.as_ref().map(|row| row.at.clone());
         let begun = Failover::begin(config, &survey, why, applied, &regions, &stop).await;
-        if begun.is_err() && is_closed {
+        if let (Err(_), Some(at)) = (&begun, &closed) {
             // The epoch did not change: writes need not wait.
-            reopen(&survey, &by).await;
+            reopen(&survey, (&by, at)).await;
         }
         let mut failover = begun?;
         failover.accepts_unwatched = args.accept_loss.iter().any(|name| name == LATE_WRITES);

@@ -288,8 +288,15 @@ pub fn conflict_copy(
     state::CONFLICT.clone_into(&mut copy.state);
     "several failovers to one epoch were seen".clone_into(&mut copy.reason);
     copy.rivals = actives.to_vec();
-    // What was quarantined stays so.
-    copy.quarantined = own.map_or_else(Vec::new, |own| own.quarantined.clone());
+    if let Some(own) = own {
+        // What was quarantined stays so, this region as well: the copy replaces what says that it was active.
+        let waits = own.state == state::QUARANTINED || (own.active == here && own.epoch < epoch);
+        let quarantined = own.quarantined.iter().cloned();
+        copy.quarantined = quarantined.chain(waits.then(|| here.to_owned())).collect();
+        copy.quarantined.sort_unstable();
+        copy.quarantined.dedup();
+        copy.past.clone_from(&own.past);
+    }
     Some(copy)
 }
 

@@ -66,7 +66,7 @@ fn a_conflict_outlasts_the_regions_that_made_it() {
         }
     );
     assert_eq!(
-        decide(&[Answer::Record(Box::new(copy)), record(3, "b")]),
+        decide(&[Answer::Record(Box::new(copy.clone())), record(3, "b")]),
         decided("b", 3)
     );
     let in_place_of = |here: &str, own: &ControlRow| {
@@ -75,6 +75,11 @@ fn a_conflict_outlasts_the_regions_that_made_it() {
     assert!(
         in_place_of("b", &row(2, "b")).is_none(),
         "it is the only one there is"
+    );
+    assert_eq!(
+        copy.quarantined,
+        ["a"],
+        "it was active, and nothing else says so any more"
     );
     let told =
         in_place_of("a", &row(2, "b")).expect("a copy of one of them says nothing of the other");

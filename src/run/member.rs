@@ -136,11 +136,30 @@ pub async fn keep_membership(shared: Arc<Shared>) {
         // Both go on for ever; when one ends, the other goes with the set.
         tasks.join_next().await;
         drop(tasks);
+        if shared.rows.has_changed().is_err() {
+            // Nobody reads the state table any more: the role has ended, and this with it.
+            return;
+        }
         tracing::error!(
             "the task that keeps this worker in the fleet ended by itself; it starts over"
         );
         tokio::time::sleep(backoff.pause()).await;
     }
+}
+
+/// Stores the row of this worker, before it does anything in its epoch, however long that takes, until
+/// `stop`. Whether it was stored.
+pub async fn enter(shared: &Shared, stop: &CancellationToken) -> bool {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    while let Err(fault) = shared.member.beat(shared.fleet.wants()).await {
+        shared.health.failed(Scope::State, "", PART, &fault);
+        tokio::select! {
+            () = stop.cancelled() => return false,
+            () = tokio::time::sleep(backoff.pause()) => {}
+        }
+    }
+    shared.health.succeeded(Scope::State, "", PART);
+    true
 }
 
 /// Moves the counter every third of a lease, and at once when there is something to ask for.

@@ -24,6 +24,8 @@ use crate::observe::whereabouts::{Known, Whereabouts};
 
 /// What health knows the reading of the own record by.
 const PART: &str = "control";
+/// And the copying of a newer one.
+const ADOPTING: &str = "adopting";
 /// Longest time between two readings of the own record: a failover waits for living workers so long.
 const OWN_EVERY_MAX: Duration = Duration::from_millis(500);
 /// Longest wait for the record of another region.
@@ -119,6 +121,18 @@ impl Records {
                 Ok(())
             }
             Err(fault) => Err(fault),
+        }
+    }
+
+    /// As [`read_own`](Self::read_own), for a worker that feeds nothing: where the region has no state table
+    /// there is no record in it, and what the others say counts.
+    ///
+    /// # Errors
+    /// The fault of the call.
+    pub async fn read_own_if_any(&self) -> Result<(), Fault> {
+        match self.read_own().await {
+            Err(fault) if fault.class == Class::NotFound => Ok(()),
+            read => read,
         }
     }
 
@@ -226,10 +240,25 @@ impl Records {
         ))
     }
 
+    /// Reads the own record, however long it takes, until `stop`. Whether it was read.
+    pub async fn read_patiently(&self, health: &Health, stop: &CancellationToken) -> bool {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        while let Err(fault) = self.read_own().await {
+            health.failed(Scope::State, "", PART, &fault);
+            tokio::select! {
+                () = stop.cancelled() => return false,
+                () = tokio::time::sleep(backoff.pause()) => {}
+            }
+        }
+        health.succeeded(Scope::State, "", PART);
+        true
+    }
+
     /// As [`adopt`](Self::adopt), however long it takes, until `stop`. Whether it was done.
-    pub async fn adopt_patiently(&self, stop: &CancellationToken) -> bool {
+    pub async fn adopt_patiently(&self, health: &Health, stop: &CancellationToken) -> bool {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         while let Err(fault) = self.adopt().await {
+            health.failed(Scope::State, "", ADOPTING, &fault);
             tracing::warn!(
                 code = fault.code,
                 "the newer control record could not be copied into this region yet"
@@ -239,6 +268,7 @@ impl Records {
                 () = tokio::time::sleep(backoff.pause()) => {}
             }
         }
+        health.succeeded(Scope::State, "", ADOPTING);
         true
     }
 }

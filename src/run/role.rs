@@ -114,7 +114,7 @@ impl Roles {
             };
             self.tell(&waiting);
             let begun = uptime();
-            let read = records.read_own().await;
+            let read = records.read_own_if_any().await;
             let current = (waiting.active.as_str(), waiting.epoch);
             records.tell(begun, &read, current, &self.health);
             if !self.beating(self.wait(&waiting, &records, stop)).await {
@@ -211,7 +211,7 @@ impl Roles {
                 others.spawn(async move { records.read_others().await });
             }
             let begun = uptime();
-            let read = records.read_own().await;
+            let read = records.read_own_if_any().await;
             records.tell(begun, &read, (&waiting.active, waiting.epoch), &self.health);
             if self.has_moved(waiting, records) {
                 return true;
@@ -283,9 +283,16 @@ impl Roles {
     /// acknowledged does not come back because a region fell silent.
     async fn look(&self, records: &Records) -> Result<Role, Failure> {
         let begun = uptime();
-        let read = records.read_own().await;
+        let read = records.read_own_if_any().await;
         if let Verdict::Decided { active, epoch } = verdict(&records.seen()) {
             records.tell(begun, &read, (&active, epoch), &self.health);
+        }
+        if let Verdict::Conflict { .. } = verdict(&records.seen()) {
+            // A higher epoch may have ended it.
+            records.read_others().await;
+        }
+        if let Verdict::Conflict { epoch, actives } = verdict(&records.seen()) {
+            return Err(contradiction(epoch, &actives));
         }
         if let Some(role) = self.idle_role(records) {
             // Nobody else has to answer for that.
@@ -303,14 +310,7 @@ impl Roles {
                 active: &feed.active,
             };
             if let Heed::Conflict { epoch, actives } = heed(flow, &seen) {
-                return Err(Failure::new(
-                    format!(
-                        "Epoch {epoch} names several active regions: {}",
-                        actives.join(", ")
-                    ),
-                    "Not all of them answer now, and all were seen; whoever applies now may overwrite another",
-                    "Decide which region is active, and make a higher epoch: `farshore failover --to LABEL --accept-loss conflict`",
-                ));
+                return Err(contradiction(epoch, &actives));
             }
         }
         match seen.iter().map(|record| record.epoch).max() {
@@ -336,4 +336,15 @@ impl Roles {
             Part::Fed => None,
         }
     }
+}
+
+fn contradiction(epoch: u64, actives: &[String]) -> Failure {
+    Failure::new(
+        format!(
+            "Epoch {epoch} names several active regions: {}",
+            actives.join(", ")
+        ),
+        "Two failovers ran against each other, and whoever applies now may overwrite the other",
+        "Decide which region is active, and make a higher epoch: `farshore failover --to LABEL --accept-loss conflict`",
+    )
 }

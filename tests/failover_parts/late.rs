@@ -66,6 +66,14 @@ async fn a_late_write_of_the_old_epoch_over_the_applications_is_undone() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
+    // And neither is the one of the new active region held up by its own.
+    let new = group.clients[B].clone();
+    let going_on = tokio::spawn(async move {
+        for v in 0u64.. {
+            common::stand::put(&new, failover_support::TABLE, "here as well", v).await;
+            tokio::time::sleep(Duration::from_millis(150)).await;
+        }
+    });
     // A call that fails while one is taken back makes nobody forget it.
     let refused = farshore::embedded::gateway::Fault::access_denied();
     let refused = refused.on("PutItem").key("\"twice\"");
@@ -84,6 +92,7 @@ async fn a_late_write_of_the_old_epoch_over_the_applications_is_undone() {
     eventually("what was deleted is not back", PATIENCE, gone).await;
     let (code, answer, said) = switched.await.unwrap();
     writing.abort();
+    going_on.abort();
     assert_eq!(code, Some(0), "{answer:#}\n{said}");
     assert_eq!(answer["late"]["undone"], 2, "{answer:#}");
     assert_eq!(answer["state"], "steady");

@@ -111,7 +111,7 @@ fn ages(point: RecoveryPoint) -> String {
 
 fn of_table(lines: &mut Vec<String>, view: &View, table: &Table) {
     let reads = match table.shards.open {
-        0 => ": NOBODY READS IT",
+        0 if view.flow.is_some() => ": NOBODY READS IT",
         _ => "",
     };
     lines.push(format!(

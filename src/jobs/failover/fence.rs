@@ -12,7 +12,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::lease::row::{DoubtRow, JobRow, ReconcileRow, Row, SegmentRow, ShardRow, WorkerRow};
+use crate::lease::row::{
+    DoubtRow, JobKind, JobRow, ReconcileRow, Row, SegmentRow, ShardRow, WorkerRow,
+};
 use crate::lease::rules::worker_of;
 
 /// How long living workers get to acknowledge before their rows are fenced over their heads: what they
@@ -36,14 +38,20 @@ pub struct Writers {
     pub plans: Vec<ReconcileRow>,
     /// Segments of those.
     pub segments: Vec<SegmentRow>,
-    /// Jobs that repair and that somebody is at, whether or not they hold a segment this moment.
+    /// Jobs that were asked for, repair, and that somebody is at, whether or not they hold a segment this
+    /// moment. What workers repair by themselves their own rows stand for.
     pub at_work: BTreeSet<String>,
+    /// When that was so, by the clock of the state table's region, in milliseconds.
+    now_ms: i64,
 }
 
 impl Writers {
     /// Those of epochs before `epoch`, at `now_ms` of the state table's region.
     pub fn before(epoch: u64, rows: impl IntoIterator<Item = Row>, now_ms: i64) -> Self {
-        let mut writers = Self::default();
+        let mut writers = Self {
+            now_ms,
+            ..Self::default()
+        };
         let mut segments = Vec::new();
         for row in rows {
             match row {
@@ -63,8 +71,10 @@ impl Writers {
                 .any(|plan| plan.apply && row.is_of(plan))
         });
         writers.segments = segments;
-        let at_work =
-            |plan: &&ReconcileRow| plan.apply && plan.ended.is_none() && plan.until >= now_ms;
+        let at_work = |plan: &&ReconcileRow| {
+            let is_asked = plan.kind() == JobKind::Asked;
+            is_asked && plan.apply && plan.ended.is_none() && plan.until >= now_ms
+        };
         let plans = writers.plans.iter().filter(at_work);
         writers.at_work = plans.map(|plan| plan.lease_key.clone()).collect();
         writers
@@ -110,14 +120,12 @@ impl Writers {
             .doubts
             .iter()
             .filter_map(|row| row.lease_owner.as_deref());
-        let jobs = self
-            .jobs
-            .iter()
-            .filter_map(|row| row.lease_owner.as_deref());
-        let segments = self
-            .segments
-            .iter()
-            .filter_map(|row| row.lease_owner.as_deref());
+        // What one of them sent was dead by its `until`, whoever it was.
+        let jobs = self.jobs.iter().filter(|row| row.until >= self.now_ms);
+        let jobs = jobs.filter_map(|row| row.lease_owner.as_deref());
+        let segments = self.segments.iter();
+        let segments = segments.filter(|row| row.until >= self.now_ms);
+        let segments = segments.filter_map(|row| row.lease_owner.as_deref());
         let holders = leases.chain(doubts).chain(jobs).chain(segments);
         let holders = holders.map(worker_of);
         silent
@@ -254,6 +262,11 @@ mod tests {
         let rows = Writers::before(2, [Row::Job(job.clone())], 0);
         assert_eq!(rows.unsettled(2).len(), 1);
         assert_eq!(rows.holds().len(), 1);
+        let late = Writers::before(2, [Row::Job(job.clone())], 1);
+        assert!(
+            late.unsettled(2).is_empty(),
+            "what it sent was dead by then"
+        );
         job.lease_owner = None;
         // Between two segments a repair holds nothing, and will in a moment.
         let mut plan: ReconcileRow = serde_json::from_value(serde_json::json!({

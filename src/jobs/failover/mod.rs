@@ -51,6 +51,9 @@ pub mod step {
     pub const CLOSED: &str = "closed";
     /// Everything was applied, and the source's stream showed nothing more.
     pub const APPLIED: &str = "applied";
+    /// An epoch of the same region was stored before this one, and contradicted: the application may have
+    /// written there since.
+    pub const BEGUN_FIRST: &str = "begun-first";
     /// The new epoch was stored.
     pub const BEGUN: &str = "begun";
     /// Nothing of the old epoch can be sent any more.
@@ -207,10 +210,16 @@ impl<'a> Failover<'a> {
             // what that has fenced is not what this one has to.
             next.steps.clone_from(&applied.steps);
         }
+        if let Some(own) = survey.own.as_ref().filter(|own| own.active == survey.to) {
+            let steps = [step::BEGUN_FIRST, step::BEGUN];
+            let first = steps.iter().find_map(|step| own.done_ms(step));
+            if let Some(at_ms) = first.filter(|_| survey.rivals.contains(&survey.to)) {
+                next.note(step::BEGUN_FIRST, at_ms, "contradicted");
+            }
+        }
         next.note(step::BEGUN, now_ms, "");
         next.lease_counter = 1;
-        failover.replace(&next, known.as_ref()).await?;
-        failover.record = next;
+        failover.record = failover.replace(next, known.as_ref()).await?;
         crash("failover-begun");
         failover.since = Instant::now();
         Ok(failover)
@@ -218,16 +227,20 @@ impl<'a> Failover<'a> {
 
     /// Writes the record; one that was written by an attempt without an answer, or by a second process that
     /// does the same, is as good.
-    async fn replace(&self, next: &ControlRow, known: Option<&ControlRow>) -> Result<(), Ended> {
+    async fn replace(
+        &self,
+        next: ControlRow,
+        known: Option<&ControlRow>,
+    ) -> Result<ControlRow, Ended> {
         let written = self
-            .patiently(async || self.state.replace_control(next, known).await)
+            .patiently(async || self.state.replace_control(&next, known).await)
             .await?;
         if written == Written::Yes {
-            return Ok(());
+            return Ok(next);
         }
         let now = self.patiently(async || self.state.control().await).await?;
         match now {
-            Some(now) if now == *next => Ok(()),
+            Some(now) if now.active == next.active && now.epoch == next.epoch => Ok(now),
             now => Err(Ended::Overtaken(overtaken(now.as_ref(), &self.survey.to))),
         }
     }
@@ -303,12 +316,13 @@ impl<'a> Failover<'a> {
     /// # Errors
     /// Why it did not come to its end. What is done stays done.
     pub async fn run(&mut self, watcher: &mut dyn Watcher) -> Result<Report, Ended> {
-        let (survey, epoch, stop) = (self.survey, self.record.epoch, self.stop.clone());
+        let (survey, stop) = (self.survey, self.stop.clone());
         let found = OnceLock::new();
+        let record = self.record.clone();
         // Whoever else fails over to another region is heard of all the time, as far as regions answer.
         let heard = async {
             loop {
-                if let Some(failure) = overtaken_by(survey, epoch).await {
+                if let Some(failure) = overtaken_by(survey, &record).await {
                     // It is set nowhere else.
                     let _ = found.set(failure);
                     stop.cancel();
@@ -350,7 +364,9 @@ impl<'a> Failover<'a> {
             None => None,
             Some(source) => {
                 watcher.under_way("looking for writes that came too late");
-                let left = planned::left_behind(source, &writers.shards);
+                let rows = writers.shards.iter();
+                let rows = rows.filter(|row| row.epoch == epoch - 1);
+                let left = planned::left_behind(source, rows);
                 let left = tokio::select! {
                     () = self.stop.cancelled() => return Err(Ended::Stopped),
                     left = tokio::time::timeout(LEFT_TIMEOUT, left) => left,
@@ -424,9 +440,11 @@ impl<'a> Failover<'a> {
         Ok(late)
     }
 
-    /// The regions that were active in `epoch`: one, but where two failovers contradicted each other.
+    /// The regions that were active in `epoch`: one, but where two failovers contradicted each other. Not the
+    /// target: nothing ever flowed from there to itself.
     fn sources_of(&self, epoch: u64) -> Vec<&'a RegionClients> {
         let past = self.record.past.iter().filter(|one| one.epoch == epoch);
+        let past = past.filter(|one| one.active != self.survey.to);
         past.filter_map(|one| self.regions.get(&one.active))
             .collect()
     }
@@ -573,7 +591,9 @@ impl<'a> Failover<'a> {
         for row in &writers.workers {
             let _ = self.state.delete(row).await;
         }
-        for row in &writers.jobs {
+        // What a job sent last may take effect until then, and its row is what tells of it.
+        let now_ms = self.now_ms();
+        for row in writers.jobs.iter().filter(|row| row.until < now_ms) {
             let _ = self.state.delete(row).await;
         }
         for row in writers.in_flight() {
@@ -585,7 +605,7 @@ impl<'a> Failover<'a> {
         for row in writers
             .segments
             .iter()
-            .filter(|row| row.lease_owner.is_some())
+            .filter(|row| row.lease_owner.is_some() && row.until < now_ms)
         {
             let mut next = row.clone();
             next.lease_owner = None;

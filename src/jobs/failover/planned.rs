@@ -125,28 +125,32 @@ pub async fn prepare(
         stop,
     };
     planned.catch_up(watcher).await?;
+    let now_ms = survey.target.clock.now_ms();
+    let at = rfc3339(now_ms);
     let closing = async {
-        let closed = planned.close(by, reason, within).await?;
+        let closed = planned.close((by, reason), within, now_ms).await?;
         crash("failover-closed");
         planned.settle(&closed, watcher).await
     };
     match closing.await {
         Ok(applied) => Ok(applied),
         Err(ended) => {
-            reopen(survey, by).await;
+            reopen(survey, (by, &at)).await;
             Err(ended)
         }
     }
 }
 
-/// Makes the record steady again that `by` made ask writes to wait, should it say so still: a write without
+/// Makes the record steady again that `by` made ask writes to wait at `at`, should it say so still: a write without
 /// an answer may have taken effect. If that cannot be done its time runs out: from then on it counts for
 /// nothing, and a worker writes it.
-pub async fn reopen(survey: &Survey, by: &str) {
+pub async fn reopen(survey: &Survey, (by, at): (&str, &str)) {
     for _ in 0..REOPEN_ATTEMPTS {
         let done = match survey.state().control().await {
             Ok(Some(now))
-                if now.state == state::CLOSING && now.epoch == survey.epoch && now.by == by =>
+                if now.state == state::CLOSING
+                    && now.epoch == survey.epoch
+                    && (now.by.as_str(), now.at.as_str()) == (by, at) =>
             {
                 let next = now.reopened();
                 let written = survey.state().replace_control(&next, Some(&now)).await;
@@ -256,9 +260,13 @@ impl Planned<'_> {
     }
 
     /// Asks writes to wait.
-    async fn close(&self, by: &str, reason: &str, within: Duration) -> Result<ControlRow, Ended> {
+    async fn close(
+        &self,
+        (by, reason): (&str, &str),
+        within: Duration,
+        now_ms: i64,
+    ) -> Result<ControlRow, Ended> {
         let survey = self.survey;
-        let now_ms = survey.target.clock.now_ms();
         let known = survey.own.as_ref();
         let mut row = known.cloned().unwrap_or_else(|| {
             ControlRow::first(&self.config.group, &survey.active, by, rfc3339(now_ms))
@@ -303,6 +311,12 @@ impl Planned<'_> {
             }
             match near {
                 Near::Quiet => break,
+                Near::Behind(_) if Instant::now() >= self.deadline => {
+                    return Err(Ended::GivenUp(format!(
+                        "not everything was applied to {} within the time, though writes were asked to wait: look at `farshore status` there",
+                        self.survey.to
+                    )));
+                }
                 _ if Instant::now() >= self.deadline => {
                     return Err(Ended::GivenUp(format!(
                         "the tables in {} were written to on and on, although writes were asked to wait: stop the application there first",
@@ -339,9 +353,12 @@ impl Planned<'_> {
 ///
 /// # Errors
 /// The fault of the call: then nobody knows.
-pub async fn left_behind(source: &RegionClients, shards: &[ShardRow]) -> Result<usize, Fault> {
+pub async fn left_behind<'r>(
+    source: &RegionClients,
+    shards: impl Iterator<Item = &'r ShardRow>,
+) -> Result<usize, Fault> {
     let mut left = 0;
-    for row in shards.iter().filter(|row| !row.is_finished()) {
+    for row in shards.filter(|row| !row.is_finished()) {
         let Some(position) = row.position() else {
             continue;
         };

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+
 use super::{Ended, Failover, Survey};
 use crate::error::Failure;
 use crate::lease::control::{Verdict, newest, verdict};
@@ -14,7 +17,7 @@ impl Failover<'_> {
     /// Gives up where somebody else has failed over to another region. Nobody waits for a region that does
     /// not answer longer than a moment.
     pub(super) async fn refuse_overtaken(&self) -> Result<(), Ended> {
-        let looked = overtaken_by(self.survey, self.record.epoch);
+        let looked = overtaken_by(self.survey, &self.record);
         match tokio::time::timeout(HEAR_TIMEOUT, looked).await {
             Ok(Some(failure)) => Err(Ended::Overtaken(failure)),
             Ok(None) | Err(_) => Ok(()),
@@ -57,23 +60,25 @@ fn contradicted(epoch: u64, rivals: &[String]) -> Failure {
     )
 }
 
-/// Who has overtaken the failover that made `epoch`: two to different regions began at once, or one has begun
-/// since. Regions that do not answer say nothing.
-pub(super) async fn overtaken_by(survey: &Survey, epoch: u64) -> Option<Failure> {
-    let asked = survey
-        .regions
-        .iter()
-        .map(async |seen| seen.state.control().await);
-    let answers = futures::future::join_all(asked).await;
-    let records: Vec<ControlRow> = answers
-        .into_iter()
-        .filter_map(|answer| answer.ok().flatten())
-        .collect();
-    match verdict(&records) {
-        Verdict::Conflict { epoch: of, actives } if of >= epoch => Some(contradicted(of, &actives)),
-        Verdict::Decided { active, epoch: of } if of > epoch => {
-            Some(overtaken(newest(&records, &active, of), &survey.to))
+/// Who has overtaken the failover that made `own`: two to different regions began at once, or one has begun
+/// since. Judged with each answer as it comes: a region that does not answer says nothing, and keeps nobody
+/// from hearing of the others.
+pub(super) async fn overtaken_by(survey: &Survey, own: &ControlRow) -> Option<Failure> {
+    let asked = survey.regions.iter().map(|seen| seen.state.control());
+    let mut answers: FuturesUnordered<_> = asked.collect();
+    let mut records = vec![own.clone()];
+    while let Some(answer) = answers.next().await {
+        let Ok(Some(record)) = answer else { continue };
+        records.push(record);
+        match verdict(&records) {
+            Verdict::Conflict { epoch, actives } if epoch >= own.epoch => {
+                return Some(contradicted(epoch, &actives));
+            }
+            Verdict::Decided { active, epoch } if epoch > own.epoch => {
+                return Some(overtaken(newest(&records, &active, epoch), &survey.to));
+            }
+            _ => {}
         }
-        _ => None,
     }
+    None
 }

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::dynamo::table::{ttl_attribute, ttl_is_on};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Fault, Operation, Policy, classify, source_chain};
+use crate::lease::row::Previous;
 
 /// How long a region is asked for, that need not answer.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -51,19 +52,65 @@ pub async fn look(config: &Config, source: &RegionClients) -> Vec<Ttl> {
     futures::future::join_all(asked).await
 }
 
-/// The region that is active before a failover that `survey` saw, where the configuration has it.
+/// The region whose tables tell what time to live they have, before a failover that `survey` saw, where the
+/// configuration has it: the one that was active last, and of which nobody says otherwise.
 pub fn source<'a>(survey: &Survey, regions: &'a Regions) -> Option<&'a RegionClients> {
-    let under_way = survey.own.as_ref().filter(|_| survey.is_under_way());
-    let previous = under_way.and_then(|own| own.previous.as_ref());
-    let label = previous.map_or(&survey.active, |previous| &previous.active);
-    regions.get(label)
+    let records = survey.records();
+    let past = records
+        .iter()
+        .flat_map(|record| record.past.iter().cloned());
+    let actives = match survey.rivals.is_empty() {
+        true => std::slice::from_ref(&survey.active),
+        false => survey.rivals.as_slice(),
+    };
+    let now = actives.iter().map(|active| Previous {
+        active: active.clone(),
+        epoch: survey.epoch,
+    });
+    let past: Vec<Previous> = past.chain(now).collect();
+    sources(&past, &survey.to)
+        .first()
+        .and_then(|label| regions.get(label))
+}
+
+/// The regions that time to live moves away from to `to`, the one that tells the attribute first: the last
+/// one that was the only one of its epoch. Those that contradicted each other since come after it.
+fn sources(all: &[Previous], to: &str) -> Vec<String> {
+    let mut past: Vec<&Previous> = all.iter().filter(|one| one.active != to).collect();
+    past.sort_by(|one, other| (other.epoch, &one.active).cmp(&(one.epoch, &other.active)));
+    past.dedup();
+    let of = |epoch: u64| {
+        let of_epoch = all.iter().filter(|one| one.epoch == epoch);
+        let labels: std::collections::BTreeSet<&str> =
+            of_epoch.map(|one| one.active.as_str()).collect();
+        labels.len()
+    };
+    let only = past.iter().find(|one| of(one.epoch) == 1);
+    let Some(only) = only else {
+        return past.iter().map(|one| one.active.clone()).collect();
+    };
+    let later = past.iter().filter(|one| one.epoch > only.epoch);
+    let later = later
+        .map(|one| &one.active)
+        .filter(|label| **label != only.active);
+    let mut labels: Vec<String> = std::iter::once(&only.active)
+        .chain(later)
+        .cloned()
+        .collect();
+    let mut seen = std::collections::BTreeSet::new();
+    labels.retain(|label| seen.insert(label.clone()));
+    labels
 }
 
 impl Failover<'_> {
     /// Switches the time to live of every table over, as far as both regions answer.
     pub(super) async fn switch_ttl(&self) -> Vec<Ttl> {
-        let sources = self.sources_of(self.record.epoch - 1);
-        let Some(source) = sources.into_iter().next() else {
+        let labels = sources(&self.record.past, &self.survey.to);
+        let sources: Vec<&RegionClients> = labels
+            .iter()
+            .filter_map(|label| self.regions.get(label))
+            .collect();
+        let Some(source) = sources.first().copied() else {
             return Vec::new();
         };
         let mut tables = look(self.config, source).await;
@@ -71,7 +118,8 @@ impl Failover<'_> {
             let Ok(Some(attribute)) = ttl.attribute.clone() else {
                 continue;
             };
-            for (region, on) in [(self.target, true), (source, false)] {
+            let off = sources.iter().map(|source| (*source, false));
+            for (region, on) in std::iter::once((self.target, true)).chain(off) {
                 let name = table.name_in(&region.label);
                 // Off in the old region only once it is on in the new one: read again later, the old one is
                 // what tells which attribute it is.
@@ -142,4 +190,27 @@ async fn set(region: &RegionClients, table: &str, attribute: &str, on: bool) -> 
         "not done",
         "it was tried several times",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_to_live_moves_from_the_last_region_that_nobody_contradicted() {
+        let past = |all: &[(u64, &str)]| -> Vec<Previous> {
+            let of = |(epoch, active): &(u64, &str)| Previous {
+                active: (*active).to_owned(),
+                epoch: *epoch,
+            };
+            all.iter().map(of).collect()
+        };
+        assert_eq!(sources(&past(&[(1, "a")]), "b"), ["a"]);
+        assert_eq!(sources(&past(&[(1, "b"), (2, "a")]), "b"), ["a"]);
+        // b and c made epoch 2 at once, and one of them, or d, was agreed on.
+        let torn = past(&[(1, "a"), (2, "b"), (2, "c")]);
+        assert_eq!(sources(&torn, "b"), ["a", "c"]);
+        assert_eq!(sources(&torn, "d"), ["a", "b", "c"]);
+        assert!(sources(&past(&[(1, "b")]), "b").is_empty());
+    }
 }

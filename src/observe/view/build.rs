@@ -412,7 +412,10 @@ impl<'a> Builder<'a> {
     }
 
     fn workers(&self) -> Vec<Worker> {
-        let mut rows: Vec<&WorkerRow> = self.seen.rows.workers.iter().collect();
+        // Those of an epoch that is over have stopped, or died in it.
+        let of_epoch = |row: &&WorkerRow| row.epoch == self.epoch;
+        let rows = self.seen.rows.workers.iter().filter(of_epoch);
+        let mut rows: Vec<&WorkerRow> = rows.collect();
         rows.sort_by(|a, b| a.lease_key.cmp(&b.lease_key));
         let held_by = |worker: &str| {
             let open = self.current.iter().filter(|row| !row.is_finished());

@@ -54,6 +54,9 @@ const MARGIN_MS: i64 = 3_000;
 const ATTEMPT_MAX: Duration = Duration::from_secs(10);
 /// How long a region is asked whether it answers at all.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long after the last moment at which something can be late its stream has to be read to there: two
+/// minutes.
+const READ_OUT_MS: i64 = 120_000;
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a key holds. Two are equal when DynamoDB says so.
@@ -114,6 +117,8 @@ struct Watched<'a> {
     table: &'a Table,
     keys: HashMap<ItemKey, Key>,
     tail: Tail,
+    /// Its stream was read beyond the time after which nothing can be late.
+    passed: bool,
     /// What was read and is not judged yet: it is not read again, whatever fails meanwhile.
     pending: VecDeque<Read>,
 }
@@ -202,7 +207,11 @@ impl Failover<'_> {
             .await?;
         let fenced_ms = self.record.done_ms(step::FENCED).unwrap_or_default();
         // From then on the application may write.
-        let begun_ms = self.record.done_ms(step::BEGUN).unwrap_or(fenced_ms);
+        let begun_ms = [step::BEGUN, step::BEGUN_FIRST]
+            .into_iter()
+            .filter_map(|step| self.record.done_ms(step))
+            .min()
+            .unwrap_or(fenced_ms);
         let doubts = writers.doubts.iter().map(|doubt| doubt.until);
         let last_ms = doubts.max().unwrap_or_default();
         let last_ms = last_ms.max(until_ms(fenced_ms, self.config.leases.late_effect));
@@ -236,8 +245,7 @@ impl Failover<'_> {
                 }
             }
             open = still;
-            let mut passed = true;
-            for one in &mut watched {
+            for one in watched.iter_mut().filter(|one| !one.passed) {
                 // Each time: the one before may have taken long.
                 if read.is_none_or(|at| at.elapsed() >= lease / 10) {
                     read = Some(Instant::now());
@@ -247,17 +255,26 @@ impl Failover<'_> {
                 }
                 match self.look(one, (begun_ms, last_ms), &term, &mut found).await {
                     Ok(past) => {
-                        passed &= past;
+                        one.passed = past && now_ms > last_ms + MARGIN_MS;
                         trouble.remove(&one.table.name);
                     }
                     Err(fault) => {
-                        passed = false;
                         trouble.insert(one.table.name.clone(), fault.to_string());
                     }
                 }
             }
             let over = now_ms > last_ms + MARGIN_MS;
-            if over && (passed || !trouble.is_empty()) {
+            let is_done = |one: &Watched<'_>| one.passed || trouble.contains_key(&one.table.name);
+            // What could not be begun is in trouble as well.
+            if over && watched.iter().all(is_done) {
+                break;
+            }
+            if now_ms > last_ms + MARGIN_MS + READ_OUT_MS {
+                for one in watched.iter().filter(|one| !one.passed) {
+                    let why = "its stream could not be read to where it stands in time";
+                    let told = trouble.entry(one.table.name.clone());
+                    told.or_insert_with(|| why.to_owned());
+                }
                 break;
             }
             watcher.under_way(&format!(
@@ -313,6 +330,7 @@ impl Failover<'_> {
             table,
             keys,
             tail: Tail::new(self.target, arn, since_ms),
+            passed: false,
             pending: VecDeque::new(),
         })
     }

@@ -24,11 +24,19 @@ const PAGES_A_ROUND: u32 = 50;
 /// A record as it was read: the change it tells of, or why there is none.
 pub(super) type Read = Result<Change, Box<Undecodable>>;
 
+/// When the source made it, in milliseconds; 0 where unknown.
+fn made_ms(record: &Read) -> i64 {
+    match record {
+        Ok(change) => change.created_ms,
+        Err(undecodable) => undecodable.created_ms,
+    }
+}
+
 struct Reading {
     reader: ShardReader,
     parent: Option<ShardId>,
     ended: bool,
-    /// It was read beyond what is asked for: what follows, in its children as well, is no concern.
+    /// It was read beyond what is asked for: what follows, in its children as well, is none of it.
     passed: bool,
     empty: u32,
     /// When the first of the empty pages was asked for, by the region's clock.
@@ -137,7 +145,8 @@ impl Tail {
     }
 
     /// The shards that may be read now: their parents are read to their ends.
-    fn readable(&self) -> Vec<ShardId> {
+    /// With `on`, also those that were read beyond what is asked for.
+    fn readable(&self, on: bool) -> Vec<ShardId> {
         let open: BTreeSet<&ShardId> = self
             .shards
             .iter()
@@ -148,7 +157,7 @@ impl Tail {
             let parent = reading.parent.as_ref();
             parent.is_none_or(|parent| !open.contains(parent))
         };
-        let is_due = |reading: &Reading| may(reading) && !reading.passed;
+        let is_due = |reading: &Reading| may(reading) && (on || !reading.passed);
         open.iter()
             .filter(|id| self.shards.get(**id).is_some_and(is_due))
             .map(|id| (*id).clone())
@@ -163,8 +172,10 @@ impl Tail {
         records: &mut VecDeque<Read>,
     ) -> Result<bool, Fault> {
         self.list().await?;
-        let mut passed = true;
-        for id in self.readable() {
+        let readable = self.readable(true);
+        // One that has just ended has children that are not listed yet.
+        let mut passed = !readable.is_empty();
+        for id in readable {
             let Some(reading) = self.shards.get_mut(&id) else {
                 continue;
             };
@@ -181,6 +192,9 @@ impl Tail {
                     Err(fault) => return Err(fault),
                 };
                 reading.ended = page.end;
+                let latest_ms = page.records.iter().map(made_ms).max();
+                // Somebody may write on and on: a later record says as much as empty pages.
+                reading.passed |= latest_ms.is_some_and(|latest| latest > until_ms);
                 let is_empty = page.records.is_empty();
                 match (is_empty, reading.empty) {
                     (true, 0) => (reading.empty, reading.empty_since_ms) = (1, asked_ms),
@@ -189,10 +203,7 @@ impl Tail {
                 }
                 let since_ms = self.since_ms;
                 records.extend(page.records.into_iter().filter(|record| {
-                    let made_ms = match record {
-                        Ok(change) => change.created_ms,
-                        Err(undecodable) => undecodable.created_ms,
-                    };
+                    let made_ms = made_ms(record);
                     // Where it is not known when, it may have been then.
                     made_ms == 0 || made_ms >= since_ms
                 }));
@@ -201,9 +212,8 @@ impl Tail {
                 }
             }
             // A child of one that has ended is read in the next round.
-            passed &= !reading.ended
-                && reading.empty >= EMPTY_PAGES_PROVE
-                && reading.empty_since_ms > until_ms;
+            let is_quiet = reading.empty >= EMPTY_PAGES_PROVE && reading.empty_since_ms > until_ms;
+            passed &= !reading.ended && (reading.passed || is_quiet);
             if reading.empty >= EMPTY_PAGES_PROVE && reading.empty_since_ms <= until_ms {
                 reading.empty = 0;
             }
@@ -220,7 +230,7 @@ impl Tail {
     ) -> Result<(), Fault> {
         self.list().await?;
         loop {
-            let readable = self.readable();
+            let readable = self.readable(false);
             let mut moved = false;
             for id in readable {
                 let Some(reading) = self.shards.get_mut(&id) else {
@@ -229,10 +239,8 @@ impl Tail {
                 while !reading.ended && !reading.passed && reading.empty < EMPTY_PAGES_PROVE {
                     let page = reading.reader.next(PAGE_RECORDS_MAX).await?;
                     reading.ended = page.end;
-                    reading.passed = page
-                        .records
-                        .iter()
-                        .any(|record| record.as_ref().is_ok_and(|made| made.created_ms > until_ms));
+                    let latest_ms = page.records.iter().map(made_ms).max();
+                    reading.passed = latest_ms.is_some_and(|latest| latest > until_ms);
                     match page.records.is_empty() {
                         true => reading.empty += 1,
                         false => reading.empty = 0,
@@ -248,7 +256,7 @@ impl Tail {
                 moved |= reading.ended;
             }
             // One that has ended makes way for its children.
-            if !moved || self.readable().is_empty() {
+            if !moved || self.readable(false).is_empty() {
                 return Ok(());
             }
         }
