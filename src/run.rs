@@ -32,6 +32,7 @@ pub mod start;
 pub mod stream;
 pub mod table;
 pub mod tap;
+pub mod ttl;
 pub mod vital;
 pub mod whole;
 
@@ -238,6 +239,7 @@ async fn feed_until(
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
     keepers.spawn(member::keep_budgets(Arc::clone(&shared)));
+    keepers.spawn(ttl::keep_ttl(Arc::clone(&shared)));
     keepers.spawn(keep_term(Arc::clone(&shared), Arc::clone(&records)));
     let mut repairs = JoinSet::new();
     // Over already, it has nothing to do but to acknowledge that.

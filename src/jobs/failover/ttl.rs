@@ -13,6 +13,7 @@ use crate::dynamo::table::{ttl_attribute, ttl_is_on};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Fault, Operation, Policy, classify, source_chain};
 use crate::lease::row::Previous;
+use crate::lease::table::StateTable;
 
 /// How long a region is asked for, that need not answer.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -38,14 +39,22 @@ impl Ttl {
     }
 }
 
-/// What the tables of the old active region have, as far as it answers.
-pub async fn look(config: &Config, source: &RegionClients) -> Vec<Ttl> {
+/// What the tables of the old active region have, as far as it answers; else what the workers that fed the
+/// target have noted in `state`.
+pub async fn look(config: &Config, source: &RegionClients, state: &StateTable) -> Vec<Ttl> {
     let client = source.tables_within(LOOK_TIMEOUT);
     let asked = config.tables.iter().map(async |table| {
         let found = ttl_attribute(&client, table.name_in(&source.label)).await;
+        let attribute = match found {
+            Ok(attribute) => Ok(attribute),
+            Err(fault) => match state.ttl(&table.name).await {
+                Ok(Some(noted)) if noted.source == source.label => Ok(noted.attribute),
+                _ => Err(fault.to_string()),
+            },
+        };
         Ttl {
             table: table.name.clone(),
-            attribute: found.map_err(|fault| fault.to_string()),
+            attribute,
             left: Vec::new(),
         }
     });
@@ -113,7 +122,7 @@ impl Failover<'_> {
         let Some(source) = sources.first().copied() else {
             return Vec::new();
         };
-        let mut tables = look(self.config, source).await;
+        let mut tables = look(self.config, source, self.state).await;
         for (ttl, table) in tables.iter_mut().zip(&self.config.tables) {
             let Ok(Some(attribute)) = ttl.attribute.clone() else {
                 continue;
