@@ -184,9 +184,7 @@ async fn feed_until(
     let grace = config.worker.shutdown_grace;
     let owner = owner();
     let term = Term::new(feed.epoch, config.leases.duration, feed.begun);
-    for (region, record) in &feed.records {
-        records.note(region, record.clone());
-    }
+    records.learn(&feed.told);
     let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
         writers: writers(&config, &feed, (&term, &budgets)),
@@ -231,6 +229,8 @@ async fn feed_until(
         () = beat(&shared.health, None, metrics, &never) => false,
     };
     if !entered {
+        // The row may be there already.
+        member::depart(&shared).await;
         return Fed::Stopped(Exit::Done);
     }
     // Dropped with this function, and their tasks with them.
