@@ -32,6 +32,7 @@ pub mod start;
 pub mod stream;
 pub mod table;
 pub mod tap;
+pub mod ttl;
 pub mod vital;
 pub mod whole;
 
@@ -183,9 +184,7 @@ async fn feed_until(
     let grace = config.worker.shutdown_grace;
     let owner = owner();
     let term = Term::new(feed.epoch, config.leases.duration, feed.begun);
-    for (region, record) in &feed.records {
-        records.note(region, record.clone());
-    }
+    records.learn(&feed.told);
     let budgets = BudgetKeeper::new(feed.state.clone(), &owner, &config, &config.tables, None);
     let shared = Arc::new(Shared {
         writers: writers(&config, &feed, (&term, &budgets)),
@@ -230,6 +229,8 @@ async fn feed_until(
         () = beat(&shared.health, None, metrics, &never) => false,
     };
     if !entered {
+        // The row may be there already.
+        member::depart(&shared).await;
         return Fed::Stopped(Exit::Done);
     }
     // Dropped with this function, and their tasks with them.
@@ -238,6 +239,7 @@ async fn feed_until(
     keepers.spawn(member::keep_membership(Arc::clone(&shared)));
     keepers.spawn(letters::watch_letters(Arc::clone(&shared)));
     keepers.spawn(member::keep_budgets(Arc::clone(&shared)));
+    keepers.spawn(ttl::keep_ttl(Arc::clone(&shared)));
     keepers.spawn(keep_term(Arc::clone(&shared), Arc::clone(&records)));
     let mut repairs = JoinSet::new();
     // Over already, it has nothing to do but to acknowledge that.

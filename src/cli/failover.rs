@@ -52,7 +52,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     refuse_unknown_losses(&survey, args)?;
     if !args.apply {
         let ttls = match ttl::source(&survey, &regions) {
-            Some(source) => ttl::look(&loaded.config, source).await,
+            Some(source) => ttl::look(&loaded.config, source, survey.state()).await,
             None => Vec::new(),
         };
         show::plan(&loaded, &survey, &ttls, args).await?;

@@ -69,7 +69,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     let feed = match find_role(&loaded, &regions).await? {
         Role::Feed(feed) => feed,
         Role::Standby { active, .. } => return Err(nothing_to_feed(&active)),
-        Role::Quarantined { active, epoch } => {
+        Role::Quarantined { active, epoch, .. } => {
             return Err(quarantined(&loaded.here, &active, epoch));
         }
     };

@@ -296,6 +296,12 @@ pub fn conflict_copy(
         copy.quarantined.sort_unstable();
         copy.quarantined.dedup();
         copy.past.clone_from(&own.past);
+        if own.epoch < epoch {
+            copy.past.push(Previous {
+                active: own.active.clone(),
+                epoch: own.epoch,
+            });
+        }
     }
     Some(copy)
 }
@@ -354,7 +360,11 @@ pub fn successor<'a>(
                 active: record.active.clone(),
                 epoch: record.epoch,
             };
-            record.past.iter().cloned().chain([itself])
+            let rivals = record.rivals.iter().map(|rival| Previous {
+                active: rival.clone(),
+                epoch: record.epoch,
+            });
+            record.past.iter().cloned().chain([itself]).chain(rivals)
         })
         .chain([previous.clone()])
         .collect();

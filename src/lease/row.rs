@@ -7,6 +7,7 @@ mod fleet;
 mod gap;
 mod job;
 mod reconcile;
+mod ttl;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +21,7 @@ pub use reconcile::{
     Closes, HowFar, JobKind, Mark, Mending, Progress, ReconcileRow, SegmentRow, audited,
     comparison_rows, comparisons,
 };
+pub use ttl::TtlRow;
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;
@@ -95,6 +97,8 @@ pub enum Row {
     Segment(SegmentRow),
     /// Who may spend how much of the write budgets.
     Budget(BudgetRow),
+    /// What a source table expires.
+    Ttl(TtlRow),
     /// A kind this version does not use.
     Other(Head),
 }

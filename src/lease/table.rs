@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use super::row::{
     BUDGET_KEY, BudgetRow, ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow,
-    KEY_ATTRIBUTE, PauseRow, ReconcileRow, Row, ShardRow, StreamRow, WorkerRow,
+    KEY_ATTRIBUTE, PauseRow, ReconcileRow, Row, ShardRow, StreamRow, TtlRow, WorkerRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -139,6 +139,20 @@ impl StateTable {
         match self.get(key).await? {
             Some(Row::Job(row)) => Ok(Some(row)),
             Some(_) => Err(unreadable("a job's key holds another kind of row")),
+            None => Ok(None),
+        }
+    }
+
+    /// What the source of `table` expires, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn ttl(&self, table: &str) -> Result<Option<TtlRow>, Fault> {
+        match self.get(&TtlRow::key_of(table)).await? {
+            Some(Row::Ttl(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable(
+                "the key of a time to live holds another kind of row",
+            )),
             None => Ok(None),
         }
     }
@@ -389,6 +403,7 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         "reconcile" => Row::Reconcile(parse(item)?),
         "segment" => Row::Segment(parse(item)?),
         "budget" => Row::Budget(parse(item)?),
+        "ttl" => Row::Ttl(parse(item)?),
         _ => Row::Other(head),
     })
 }

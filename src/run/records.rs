@@ -21,6 +21,7 @@ use crate::lease::table::{StateTable, Written};
 use crate::lease::term::Term;
 use crate::observe::health::{Health, Scope};
 use crate::observe::whereabouts::{Known, Whereabouts};
+use crate::run::start::Told;
 
 /// What health knows the reading of the own record by.
 const PART: &str = "control";
@@ -41,7 +42,7 @@ pub struct Records {
     own: StateTable,
     others: Vec<(String, StateTable)>,
     seen: Mutex<BTreeMap<String, ControlRow>>,
-    /// When the last reading of another region's record began that told one, by [`uptime`].
+    /// When the last reading of the other regions' records began that says who is active, by [`uptime`].
     heard: Mutex<Option<Duration>>,
     /// The time of the own region: a planned switchover that died asks writes to wait until then.
     clock: Arc<ServiceClock>,
@@ -108,6 +109,19 @@ impl Records {
         }
     }
 
+    /// What a role was found by counts as if it had been read here.
+    pub fn learn(&self, told: &Told) {
+        for (region, record) in &told.records {
+            self.note(region, record.clone());
+        }
+        self.heard_at(told.begun);
+    }
+
+    fn heard_at(&self, begun: Duration) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        *heard = (*heard).max(Some(begun));
+    }
+
     /// Reads the own record.
     ///
     /// # Errors
@@ -157,7 +171,7 @@ impl Records {
         let seen = self.lock();
         // Without a record of its own all rests on what the others said last.
         let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        let begun = match seen.contains_key(&self.here) || seen.is_empty() {
+        let begun = match seen.contains_key(&self.here) {
             true => begun,
             false => heard.unwrap_or_default().min(begun),
         };
@@ -167,15 +181,25 @@ impl Records {
 
     /// Reads the records of the other regions; of those that do not answer nothing is learnt.
     pub async fn read_others(&self) {
+        let begun = uptime();
         let asked = self.others.iter().map(async |(label, table)| {
-            let begun = uptime();
-            if let Ok(Some(record)) = table.control().await {
+            let answer = table.control().await;
+            let has_answered = match &answer {
+                Ok(_) => true,
+                Err(fault) => fault.class == Class::NotFound,
+            };
+            let record = answer.ok().flatten();
+            let told = record.is_some();
+            if let Some(record) = record {
                 self.note(label, record);
-                let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-                *heard = (*heard).max(Some(begun));
             }
+            (has_answered, told)
         });
-        join_all(asked).await;
+        let answers = join_all(asked).await;
+        // That nobody has a record is known only from all of them.
+        if answers.iter().any(|(_, told)| *told) || answers.iter().all(|(answered, _)| *answered) {
+            self.heard_at(begun);
+        }
     }
 
     /// Ends the wait of a planned switchover that died, once its time is over at `now_ms`: its record would

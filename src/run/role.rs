@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::records::Records;
 use super::seen::Standby;
-use super::start::{Role, find_role};
+use super::start::{Role, Told, find_role};
 use super::{Fed, beat, feed_until};
 use crate::config::read::Loaded;
 use crate::dynamo::Regions;
@@ -101,16 +101,30 @@ impl Roles {
                         }
                     }
                 }
-                Role::Standby { active, epoch } => Waiting {
+                Role::Standby {
                     active,
                     epoch,
-                    part: Part::Active,
-                },
-                Role::Quarantined { active, epoch } => Waiting {
+                    told,
+                } => {
+                    records.learn(&told);
+                    Waiting {
+                        active,
+                        epoch,
+                        part: Part::Active,
+                    }
+                }
+                Role::Quarantined {
                     active,
                     epoch,
-                    part: Part::Quarantined,
-                },
+                    told,
+                } => {
+                    records.learn(&told);
+                    Waiting {
+                        active,
+                        epoch,
+                        part: Part::Quarantined,
+                    }
+                }
             };
             self.tell(&waiting);
             let begun = uptime();
@@ -331,8 +345,16 @@ impl Roles {
         };
         let own = records.own();
         match part(&self.loaded.here, (&active, epoch), own.as_ref(), &seen) {
-            Part::Active => Some(Role::Standby { active, epoch }),
-            Part::Quarantined => Some(Role::Quarantined { active, epoch }),
+            Part::Active => Some(Role::Standby {
+                active,
+                epoch,
+                told: Told::default(),
+            }),
+            Part::Quarantined => Some(Role::Quarantined {
+                active,
+                epoch,
+                told: Told::default(),
+            }),
             Part::Fed => None,
         }
     }

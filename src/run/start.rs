@@ -45,6 +45,8 @@ pub enum Role {
         active: String,
         /// Number of the epoch.
         epoch: u64,
+        /// What says so.
+        told: Told,
     },
     /// `here` was active and may hold writes that never left: nobody writes there.
     Quarantined {
@@ -52,7 +54,18 @@ pub enum Role {
         active: String,
         /// Number of the epoch.
         epoch: u64,
+        /// What says so.
+        told: Told,
     },
+}
+
+/// The control records that a role was found by.
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// By region.
+    pub records: BTreeMap<String, ControlRow>,
+    /// When their reading began, by [`uptime`].
+    pub begun: Duration,
 }
 
 /// What the records of all regions say of one of them.
@@ -108,8 +121,8 @@ pub struct Feed {
     pub epoch: u64,
     /// When the reading of the control records began that says so, by [`uptime`].
     pub begun: Duration,
-    /// The control records that say so, by region.
-    pub records: BTreeMap<String, ControlRow>,
+    /// The control records that say so.
+    pub told: Told,
     /// The active region.
     pub source: RegionClients,
     /// The region fed.
@@ -146,11 +159,27 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
     let state = StateTable::new(target.tables_within(patience), config.state_table());
     let standing = find_standing(config, &loaded.here, regions).await?;
     let Standing { epoch, begun, .. } = standing;
+    let told = Told {
+        records: standing.records,
+        begun,
+    };
     let part = standing.part;
     let active = standing.active;
     match part {
-        Part::Active => return Ok(Role::Standby { active, epoch }),
-        Part::Quarantined => return Ok(Role::Quarantined { active, epoch }),
+        Part::Active => {
+            return Ok(Role::Standby {
+                active,
+                epoch,
+                told,
+            });
+        }
+        Part::Quarantined => {
+            return Ok(Role::Quarantined {
+                active,
+                epoch,
+                told,
+            });
+        }
         Part::Fed => {}
     }
     let source = region(&active)?;
@@ -183,7 +212,7 @@ pub async fn find_role(loaded: &Loaded, regions: &Regions) -> Result<Role, Failu
         active,
         epoch,
         begun,
-        records: standing.records,
+        told,
         source,
         target,
         state,

@@ -65,6 +65,50 @@ command = ["/bin/sh", "-c", "echo {{region}} {{epoch}} >> {told}"]
     assert!(worker.stop().await.success());
 }
 
+/// Time to live is turned on in the new active region though the old one cannot be asked any more, and what is
+/// left to be done there is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn time_to_live_is_turned_on_while_the_old_region_is_away() {
+    let mut group = Group::new(17, 2).await;
+    let specification = aws_sdk_dynamodb::types::TimeToLiveSpecification::builder()
+        .enabled(true)
+        .attribute_name("expires")
+        .build()
+        .unwrap();
+    let update = group.clients[A].update_time_to_live();
+    let update = update.table_name(failover_support::TABLE);
+    let update = update.time_to_live_specification(specification);
+    update.send().await.unwrap();
+    group.provision(&[B]);
+    let worker = group.worker(B).await;
+    let noted = async || !group.rows_of(B, "ttl").await.is_empty();
+    eventually("it is noted", PATIENCE, noted).await;
+    let refused = farshore::embedded::gateway::Outage::Refused;
+    group.gateways[A].go_away(refused).await;
+    let config = group.config(B, "");
+    let (code, answer, said) = fail_over(&config, &["--to", LABELS[B]]).await;
+    assert_eq!(code, Some(1), "{answer:#}\n{said}");
+    assert_eq!(answer["ttl"][0]["attribute"], "expires", "{answer:#}");
+    let left = answer["ttl"][0]["left"].as_array().unwrap();
+    assert_eq!(left.len(), 1, "{answer:#}");
+    assert!(
+        left[0]["command"]
+            .as_str()
+            .unwrap()
+            .contains("Enabled=false")
+    );
+    let asked = group.clients[B].describe_time_to_live();
+    let asked = asked.table_name(failover_support::TABLE);
+    let told = asked
+        .send()
+        .await
+        .unwrap()
+        .time_to_live_description
+        .unwrap();
+    assert_eq!(told.attribute_name.as_deref(), Some("expires"));
+    assert!(worker.stop().await.success());
+}
+
 /// Time to live moves with the active region.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn time_to_live_is_turned_on_in_the_new_active_region_and_off_in_the_old() {
@@ -108,4 +152,38 @@ async fn time_to_live_is_turned_on_in_the_new_active_region_and_off_in_the_old()
         );
     }
     assert!(worker.stop().await.success());
+}
+
+/// A worker that starts in the region that was failed over from, and that nobody has told, never says that it is
+/// the active one: what it found its role by counts from the first answer on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_starts_in_the_old_region_never_says_that_it_is_active() {
+    let mut group = Group::new(18, 2).await;
+    group.provision(&[A, B]);
+    let worker = group.worker(B).await;
+    group.put(A, "k", 1).await;
+    group.converge(A, B, 1).await;
+    let refused = farshore::embedded::gateway::Outage::Refused;
+    group.gateways[A].go_away(refused).await;
+    let config = group.config(B, "");
+    let (_, answer, said) = fail_over(&config, &["--to", LABELS[B]]).await;
+    assert_eq!(
+        answer["untold"][0]["region"], LABELS[A],
+        "{answer:#}\n{said}"
+    );
+    group.gateways[A].come_back().await;
+    assert_eq!(group.told(A).await.unwrap().0, 1, "nobody has told it");
+    let old = common::binary::Worker::start(&group.config(A, ""));
+    let started = std::time::Instant::now();
+    let mut answers = 0;
+    while started.elapsed() < std::time::Duration::from_secs(4) {
+        if let Some((code, body)) = old.get("/active").await {
+            answers += 1;
+            assert_eq!(code, 503, "{body}");
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert!(answers > 20, "{answers}");
+    assert_eq!(group.told(A).await.unwrap().2, "quarantined");
+    assert!(old.stop().await.success() && worker.stop().await.success());
 }

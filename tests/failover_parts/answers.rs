@@ -52,6 +52,7 @@ async fn the_answers_of_failover_have_the_documented_form() {
         rows.iter()
             .all(|row| row.contains_key("watermark") && row.contains_key("provenUntil"))
             && streams.iter().all(is_settled)
+            && !group.rows_of(B, "ttl").await.is_empty()
     };
     eventually("how far it came is stored", PATIENCE, stored).await;
     worker.kill();

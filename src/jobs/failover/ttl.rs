@@ -13,6 +13,7 @@ use crate::dynamo::table::{ttl_attribute, ttl_is_on};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Fault, Operation, Policy, classify, source_chain};
 use crate::lease::row::Previous;
+use crate::lease::table::StateTable;
 
 /// How long a region is asked for, that need not answer.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -38,14 +39,22 @@ impl Ttl {
     }
 }
 
-/// What the tables of the old active region have, as far as it answers.
-pub async fn look(config: &Config, source: &RegionClients) -> Vec<Ttl> {
+/// What the tables of the old active region have, as far as it answers; else what the workers that fed the
+/// target have noted in `state`.
+pub async fn look(config: &Config, source: &RegionClients, state: &StateTable) -> Vec<Ttl> {
     let client = source.tables_within(LOOK_TIMEOUT);
     let asked = config.tables.iter().map(async |table| {
         let found = ttl_attribute(&client, table.name_in(&source.label)).await;
+        let attribute = match found {
+            Ok(attribute) => Ok(attribute),
+            Err(fault) => match state.ttl(&table.name).await {
+                Ok(Some(noted)) if noted.source == source.label => Ok(noted.attribute),
+                _ => Err(fault.to_string()),
+            },
+        };
         Ttl {
             table: table.name.clone(),
-            attribute: found.map_err(|fault| fault.to_string()),
+            attribute,
             left: Vec::new(),
         }
     });
@@ -110,20 +119,23 @@ impl Failover<'_> {
             .iter()
             .filter_map(|label| self.regions.get(label))
             .collect();
-        let Some(source) = sources.first().copied() else {
+        let asked = sources.iter();
+        let asked = asked.map(|source| look(self.config, source, self.state));
+        let told = futures::future::join_all(asked).await;
+        let Some(mut tables) = told.into_iter().reduce(merge) else {
             return Vec::new();
         };
-        let mut tables = look(self.config, source).await;
         for (ttl, table) in tables.iter_mut().zip(&self.config.tables) {
             let Ok(Some(attribute)) = ttl.attribute.clone() else {
                 continue;
             };
+            let mut is_on = false;
             let off = sources.iter().map(|source| (*source, false));
             for (region, on) in std::iter::once((self.target, true)).chain(off) {
                 let name = table.name_in(&region.label);
                 // Off in the old region only once it is on in the new one: read again later, the old one is
                 // what tells which attribute it is.
-                let done = match ttl.left.is_empty() {
+                let done = match on || is_on {
                     true => set(region, name, &attribute, on).await,
                     false => {
                         let why = "only once it is on in the new active region".to_owned();
@@ -131,6 +143,7 @@ impl Failover<'_> {
                         continue;
                     }
                 };
+                is_on |= on && done.is_ok();
                 if let Err(fault) = done {
                     let command = command(region, name, &attribute, on);
                     ttl.left.push((command, fault.to_string()));
@@ -139,6 +152,20 @@ impl Failover<'_> {
         }
         tables
     }
+}
+
+/// What one region says of the tables, and another one. Two that have failed over at once may both have
+/// moved it: whoever has it tells the attribute.
+fn merge(one: Vec<Ttl>, other: Vec<Ttl>) -> Vec<Ttl> {
+    let both = one.into_iter().zip(other).map(|(one, other)| {
+        let attribute = match (one.attribute, other.attribute) {
+            (Ok(Some(attribute)), _) | (_, Ok(Some(attribute))) => Ok(Some(attribute)),
+            (Err(why), _) | (_, Err(why)) => Err(why),
+            (Ok(None), Ok(None)) => Ok(None),
+        };
+        Ttl { attribute, ..one }
+    });
+    both.collect()
 }
 
 /// The command that turns it on or off.
@@ -212,5 +239,27 @@ mod tests {
         assert_eq!(sources(&torn, "b"), ["a", "c"]);
         assert_eq!(sources(&torn, "d"), ["a", "b", "c"]);
         assert!(sources(&past(&[(1, "b")]), "b").is_empty());
+    }
+
+    #[test]
+    fn whoever_has_it_tells_the_attribute_and_who_is_silent_leaves_it_unknown() {
+        let ttl = |attribute| {
+            vec![Ttl {
+                table: "t".to_owned(),
+                attribute,
+                left: Vec::new(),
+            }]
+        };
+        let (none, some) = (Ok(None), Ok(Some("expires".to_owned())));
+        let silent = Err("no answer".to_owned());
+        let merged = |one: &Result<_, _>, other: &Result<_, _>| {
+            merge(ttl(one.clone()), ttl(other.clone()))
+                .remove(0)
+                .attribute
+        };
+        assert_eq!(merged(&none, &some), some);
+        assert_eq!(merged(&some, &silent), some);
+        assert_eq!(merged(&none, &silent), silent);
+        assert_eq!(merged(&none, &none), none);
     }
 }

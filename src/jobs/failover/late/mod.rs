@@ -54,8 +54,8 @@ const MARGIN_MS: i64 = 3_000;
 const ATTEMPT_MAX: Duration = Duration::from_secs(10);
 /// How long a region is asked whether it answers at all.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long after the last moment at which something can be late its stream has to be read to there: two
-/// minutes.
+/// How long nothing may come on, after the last moment at which something can be late, before a stream counts
+/// as one that cannot be read to there: two minutes.
 const READ_OUT_MS: i64 = 120_000;
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
 
@@ -224,6 +224,8 @@ impl Failover<'_> {
         // What takes back must be as sure of its epoch as what applied.
         let term = Term::new(self.record.epoch, lease, uptime());
         let mut read: Option<Instant> = None;
+        // It may be gone on with long after that time.
+        let mut moved_ms = self.now_ms();
         loop {
             let now_ms = self.now_ms();
             let mut still = Vec::new();
@@ -234,6 +236,7 @@ impl Failover<'_> {
                 };
                 match begun {
                     Ok(one) => {
+                        moved_ms = self.now_ms();
                         trouble.remove(&table.name);
                         found.keys += one.keys.len();
                         watched.push(one);
@@ -256,6 +259,9 @@ impl Failover<'_> {
                 match self.look(one, (begun_ms, last_ms), &term, &mut found).await {
                     Ok(past) => {
                         one.passed = past && now_ms > last_ms + MARGIN_MS;
+                        if one.tail.has_moved() {
+                            moved_ms = self.now_ms();
+                        }
                         trouble.remove(&one.table.name);
                     }
                     Err(fault) => {
@@ -269,7 +275,7 @@ impl Failover<'_> {
             if over && watched.iter().all(is_done) {
                 break;
             }
-            if now_ms > last_ms + MARGIN_MS + READ_OUT_MS {
+            if now_ms > (last_ms + MARGIN_MS).max(moved_ms) + READ_OUT_MS {
                 for one in watched.iter().filter(|one| !one.passed) {
                     let why = "its stream could not be read to where it stands in time";
                     let told = trouble.entry(one.table.name.clone());

@@ -54,6 +54,8 @@ pub(super) struct Tail {
     begin: Option<BTreeMap<String, Position>>,
     shards: BTreeMap<ShardId, Reading>,
     listed: Option<Instant>,
+    /// Whether a round brought anything on since this was last taken: records, or the end of a shard.
+    moved: bool,
 }
 
 impl Tail {
@@ -67,7 +69,13 @@ impl Tail {
             begin: None,
             shards: BTreeMap::new(),
             listed: None,
+            moved: false,
         }
+    }
+
+    /// Whether the rounds since this was last asked brought anything on.
+    pub(super) fn has_moved(&mut self) -> bool {
+        std::mem::take(&mut self.moved)
     }
 
     /// Reads only these shards, from these positions, and those that came from them: those from their
@@ -192,6 +200,11 @@ impl Tail {
                     Err(fault) => return Err(fault),
                 };
                 reading.ended = page.end;
+                self.moved |= page.end || !page.records.is_empty();
+                if page.end {
+                    // Its children are looked for before anything is said to be read out.
+                    self.listed = None;
+                }
                 let latest_ms = page.records.iter().map(made_ms).max();
                 // Somebody may write on and on: a later record says as much as empty pages.
                 reading.passed |= latest_ms.is_some_and(|latest| latest > until_ms);
