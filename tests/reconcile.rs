@@ -24,7 +24,7 @@ use suite::reconcile::{
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drift_of_every_kind_is_found_and_repaired() {
     let first = seed();
-    for seed in first..first + long(94, 6) {
+    for seed in first..first + long(94, 4) {
         drift_is_found_and_repaired(&Stand::new().await, seed).await;
     }
 }

@@ -1,7 +1,7 @@
 //! The torture test. Whatever goes wrong on the way, once Farshore says that it has caught up the
 //! replica equals its source, item by item, except for what is dead-lettered.
 //!
-//! Four seeds by default; twenty and all that ever failed with `FARSHORE_LONG=1`;
+//! Two seeds by default; twenty and all that ever failed with `FARSHORE_LONG=1`;
 //! `FARSHORE_TORTURE_SEEDS=N` runs N, `FARSHORE_TEST_SEED=S` that one. To find out what is to
 //! blame, `FARSHORE_TORTURE_WITHOUT=fault;fault` leaves faults out; to see it fail,
 //! `FARSHORE_TORTURE_MUTATION=doubts` turns a safeguard off.
@@ -34,7 +34,7 @@ fn seeds() -> Vec<u64> {
     if std::env::var_os("FARSHORE_TEST_SEED").is_some() {
         return vec![first];
     }
-    let count = count.unwrap_or_else(|| common::long(20, 4));
+    let count = count.unwrap_or_else(|| common::long(20, 2));
     let mut seeds: Vec<u64> = (first..first + count).collect();
     if std::env::var_os("FARSHORE_LONG").is_some() {
         seeds.extend(ONCE_FAILED);
