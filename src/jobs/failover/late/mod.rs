@@ -119,6 +119,10 @@ struct Watched<'a> {
     tail: Tail,
     /// Its stream was read beyond the time after which nothing can be late.
     passed: bool,
+    /// That time, by the target's clock in milliseconds: the last write of this watch comes into it, too.
+    until_ms: i64,
+    /// Keys whose last change was late: what they hold, and what they are to hold.
+    due: HashMap<ItemKey, (Held, Held)>,
     /// What was read and is not judged yet: it is not read again, whatever fails meanwhile.
     pending: VecDeque<Read>,
 }
@@ -258,7 +262,9 @@ impl Failover<'_> {
                 }
                 match self.look(one, (begun_ms, last_ms), &term, &mut found).await {
                     Ok(past) => {
-                        one.passed = past && now_ms > last_ms + MARGIN_MS;
+                        // What it took back in this look is read in the next one.
+                        let is_read = past && one.until_ms < now_ms;
+                        one.passed = is_read && now_ms > last_ms + MARGIN_MS;
                         if one.tail.has_moved() {
                             moved_ms = self.now_ms();
                         }
@@ -337,6 +343,8 @@ impl Failover<'_> {
             keys,
             tail: Tail::new(self.target, arn, since_ms),
             passed: false,
+            until_ms: i64::MIN,
+            due: HashMap::new(),
             pending: VecDeque::new(),
         })
     }
@@ -456,18 +464,18 @@ impl Failover<'_> {
         found: &mut Found,
     ) -> Result<bool, Fault> {
         // Judged first: a fault of one shard says nothing of what the others have shown.
-        let passed = watched.tail.round(last_ms, &mut watched.pending).await;
-        while let Some(record) = watched.pending.front() {
-            let (of, created_ms) = match record {
+        watched.until_ms = watched.until_ms.max(last_ms);
+        let until_ms = watched.until_ms;
+        let passed = watched.tail.round(until_ms, &mut watched.pending).await;
+        while let Some(record) = watched.pending.pop_front() {
+            let (of, created_ms) = match &record {
                 Ok(change) => (Some(change.key.clone()), change.created_ms),
                 Err(bad) => (bad.keys.as_ref().map(ItemKey::new), bad.created_ms),
             };
-            let of = of.and_then(|of| watched.keys.get_mut(&of));
-            let of = of.filter(|key| key.since_ms.is_some_and(|since_ms| created_ms >= since_ms));
-            let Some(key) = of else {
-                watched.pending.pop_front();
-                continue;
-            };
+            let Some(of) = of else { continue };
+            let key = watched.keys.get_mut(&of);
+            let key = key.filter(|key| key.since_ms.is_some_and(|since_ms| created_ms >= since_ms));
+            let Some(key) = key else { continue };
             let known = record.as_ref().ok().and_then(|change| {
                 let before = match &change.old_image {
                     None => Held(None),
@@ -479,35 +487,54 @@ impl Failover<'_> {
             let Some((change, before, after)) = known else {
                 let why = "a record of a key that was in flight cannot be read".to_owned();
                 found.standing.push((watched.table.name.clone(), why));
-                watched.pending.pop_front();
                 continue;
             };
             // Stream times are cut to the second: what may be the application's counts as such.
             let fenced = change.created_ms + 1_000 > begun_ms;
+            // Something was written over what was late before: that needs nothing any more.
+            if watched.due.remove(&of).is_some() {
+                found.overwritten += 1;
+            }
             match key.history.change(&before, &after, fenced) {
                 Judged::Right => {}
                 // In the second in which the epoch began nobody can say.
                 Judged::Arrived => found.arrived += usize::from(change.created_ms >= begun_ms),
+                // Not at once: the next record may say what it has to hold by now.
                 Judged::Late(right) => {
-                    let table = watched.table.name_in(&self.target.label);
-                    // Where that fails it is judged again, and the same: what is late moves nothing.
-                    let undone =
-                        undo((self.target, term), table, &key.keys, &after, &right).await?;
-                    tracing::warn!(
-                        table = watched.table.name,
-                        how = undone.label(),
-                        "a write of the old epoch took effect late"
-                    );
-                    match undone {
-                        Undone::Yes => found.undone += 1,
-                        Undone::Overwritten => found.overwritten += 1,
-                        Undone::Cannot(why) => {
-                            found.standing.push((watched.table.name.clone(), why));
-                        }
-                    }
+                    watched.due.insert(of, (after, right));
                 }
             }
-            watched.pending.pop_front();
+        }
+        let due: Vec<ItemKey> = watched.due.keys().cloned().collect();
+        for of in due {
+            let (Some((late, right)), Some(key)) =
+                (watched.due.get(&of), watched.keys.get_mut(&of))
+            else {
+                continue;
+            };
+            let table = watched.table.name_in(&self.target.label);
+            // Where that fails it stays due.
+            let undone = undo((self.target, term), table, &key.keys, late, right).await?;
+            tracing::warn!(
+                table = watched.table.name,
+                how = undone.label(),
+                "a write of the old epoch took effect late"
+            );
+            match undone {
+                Undone::Yes(sent) => {
+                    found.undone += 1;
+                    if sent {
+                        key.history.taken_back(late.clone(), right.clone());
+                        // The stream has to be read to that as well; its times are whole seconds.
+                        watched.until_ms = watched.until_ms.max(self.now_ms() + 1_000);
+                    }
+                }
+                Undone::Overwritten => found.overwritten += 1,
+                Undone::Cannot(why) => {
+                    found.standing.push((watched.table.name.clone(), why));
+                }
+            }
+            watched.due.remove(&of);
         }
         passed
     }

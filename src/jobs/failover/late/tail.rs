@@ -38,6 +38,8 @@ struct Reading {
     ended: bool,
     /// It was read beyond what is asked for: what follows, in its children as well, is none of it.
     passed: bool,
+    /// The latest record that was read was made then.
+    latest_ms: i64,
     empty: u32,
     /// When the first of the empty pages was asked for, by the region's clock.
     empty_since_ms: i64,
@@ -146,6 +148,7 @@ impl Tail {
             parent,
             ended: false,
             passed: false,
+            latest_ms: i64::MIN,
             empty: 0,
             empty_since_ms: 0,
         };
@@ -207,7 +210,8 @@ impl Tail {
                 }
                 let latest_ms = page.records.iter().map(made_ms).max();
                 // Somebody may write on and on: a later record says as much as empty pages.
-                reading.passed |= latest_ms.is_some_and(|latest| latest > until_ms);
+                reading.latest_ms =
+                    latest_ms.map_or(reading.latest_ms, |ms| ms.max(reading.latest_ms));
                 let is_empty = page.records.is_empty();
                 match (is_empty, reading.empty) {
                     (true, 0) => (reading.empty, reading.empty_since_ms) = (1, asked_ms),
@@ -226,7 +230,7 @@ impl Tail {
             }
             // A child of one that has ended is read in the next round.
             let is_quiet = reading.empty >= EMPTY_PAGES_PROVE && reading.empty_since_ms > until_ms;
-            passed &= !reading.ended && (reading.passed || is_quiet);
+            passed &= !reading.ended && (reading.latest_ms > until_ms || is_quiet);
             if reading.empty >= EMPTY_PAGES_PROVE && reading.empty_since_ms <= until_ms {
                 reading.empty = 0;
             }

@@ -28,8 +28,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How it ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Undone {
-    /// The key holds what is right.
-    Yes,
+    /// The key holds what is right; whether it was made so by this.
+    Yes(bool),
     /// Somebody has written it since: that counts.
     Overwritten,
     /// It can never be.
@@ -39,7 +39,7 @@ pub(super) enum Undone {
 impl Undone {
     pub(super) const fn label(&self) -> &'static str {
         match self {
-            Undone::Yes => "undone",
+            Undone::Yes(_) => "undone",
             Undone::Overwritten => "overwritten since",
             Undone::Cannot(_) => "it cannot be undone",
         }
@@ -66,6 +66,7 @@ pub(super) async fn undo(
     }
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut attempts = 0;
+    let mut sent = false;
     loop {
         // Read first: a condition cannot say that there is no other attribute.
         let asked = batch_get(
@@ -81,12 +82,13 @@ pub(super) async fn undo(
                 });
                 let now = Held(found);
                 if now == *right {
-                    return Ok(Undone::Yes);
+                    return Ok(Undone::Yes(sent));
                 }
                 if now != *late {
                     return Ok(Undone::Overwritten);
                 }
                 let bound: Arc<dyn Bound> = Arc::clone(term) as _;
+                sent = true;
                 let timeout = bound.remaining().min(WRITE_TIMEOUT);
                 if timeout.is_zero() {
                     // Nothing here confirms it: the next look does.
