@@ -2,6 +2,7 @@
 //! told to.
 
 pub mod compare;
+pub mod failback;
 pub mod failover;
 #[cfg(feature = "embedded")]
 pub mod local;
