@@ -144,10 +144,16 @@ mod tests {
         let class = class(Some(1), None, Since::Changed);
         assert_eq!(class, Class::Conflicting);
         let active = ConflictPolicy::Active;
-        assert_eq!(fate(class, StrandedPolicy::Apply, &active, |_| None), Fate::Report);
+        assert_eq!(
+            fate(class, StrandedPolicy::Apply, &active, |_| None),
+            Fate::Report
+        );
         // A delete has no age: not even the newest counts against it.
         let newest = ConflictPolicy::Newest("at".into());
-        assert_eq!(fate(class, StrandedPolicy::Apply, &newest, |_| None), Fate::Keep);
+        assert_eq!(
+            fate(class, StrandedPolicy::Apply, &newest, |_| None),
+            Fate::Keep
+        );
     }
 
     fn any_policy() -> impl Strategy<Value = (StrandedPolicy, ConflictPolicy)> {

@@ -133,7 +133,8 @@ impl Ledger {
     /// `page` is stored.
     pub fn stored(&mut self, page: &Page) {
         self.pages = page.number + 1;
-        self.pending.drain(..page.keys.len().min(self.pending.len()));
+        self.pending
+            .drain(..page.keys.len().min(self.pending.len()));
         self.moved = !self.pending.is_empty();
         self.stored.clone_from(&page.read);
     }
@@ -175,7 +176,11 @@ mod tests {
         assert!(!Ledger::of(&[page.clone()], 10).is_whole(), "it stays so");
         assert_eq!(ledger.next_page(), None);
         // Pages that do not follow each other.
-        let second = Page { number: 1, whole: true, ..page };
+        let second = Page {
+            number: 1,
+            whole: true,
+            ..page
+        };
         assert!(!Ledger::of(&[second], 10).is_whole());
     }
 
