@@ -8,6 +8,7 @@ mod gap;
 mod job;
 mod reconcile;
 mod ttl;
+mod undo;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,7 @@ pub use reconcile::{
     comparison_rows, comparisons,
 };
 pub use ttl::TtlRow;
+pub use undo::{SentUndo, UndoRow, print_of};
 
 use crate::stream::ShardId;
 use crate::stream::lineage::Tracked;
@@ -99,6 +101,8 @@ pub enum Row {
     Budget(BudgetRow),
     /// What a source table expires.
     Ttl(TtlRow),
+    /// What was sent to take late writes of a key back.
+    Undo(UndoRow),
     /// A kind this version does not use.
     Other(Head),
 }

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use super::row::{
     BUDGET_KEY, BudgetRow, ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow,
-    KEY_ATTRIBUTE, PauseRow, ReconcileRow, Row, ShardRow, StreamRow, TtlRow, WorkerRow,
+    KEY_ATTRIBUTE, PauseRow, ReconcileRow, Row, ShardRow, StreamRow, TtlRow, UndoRow, WorkerRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -152,6 +152,20 @@ impl StateTable {
             Some(Row::Ttl(row)) => Ok(Some(row)),
             Some(_) => Err(unreadable(
                 "the key of a time to live holds another kind of row",
+            )),
+            None => Ok(None),
+        }
+    }
+
+    /// What was sent to take late writes of a key back, by the row's key, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn undo(&self, key: &str) -> Result<Option<UndoRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Undo(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable(
+                "the key of what was taken back holds another kind of row",
             )),
             None => Ok(None),
         }
@@ -404,6 +418,7 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         "segment" => Row::Segment(parse(item)?),
         "budget" => Row::Budget(parse(item)?),
         "ttl" => Row::Ttl(parse(item)?),
+        "undo" => Row::Undo(parse(item)?),
         _ => Row::Other(head),
     })
 }

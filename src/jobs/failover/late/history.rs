@@ -55,8 +55,6 @@ pub struct History<V> {
     right: Option<V>,
     /// The application has written it since the fence.
     is_written: bool,
-    /// What was taken back, as what it was and what it was made, and was not seen in the stream yet.
-    taken_back: Vec<(V, V)>,
 }
 
 impl<V: PartialEq + Clone> History<V> {
@@ -67,15 +65,22 @@ impl<V: PartialEq + Clone> History<V> {
             next: 0,
             right: None,
             is_written: false,
-            taken_back: Vec::new(),
         }
     }
 
-    /// A late write was taken back: the key was made `right` where it still held `late`. That says nothing of
-    /// what it held in between, for the same write may come late twice: where the application wrote between the
-    /// two, it is the application's that was right. So the record of it is known when it comes, and judged.
-    pub fn taken_back(&mut self, late: V, right: V) {
-        self.taken_back.push((late, right));
+    /// A late write was taken back, and the key holds `after` by that. That says nothing of what it held in
+    /// between, for the same write may come late twice: where the application wrote between the two, it is
+    /// the application's that is right.
+    pub fn taken_back(&self, after: &V) -> Judged<V> {
+        match &self.right {
+            Some(right) if right != after => Judged::Late(right.clone()),
+            _ => Judged::Right,
+        }
+    }
+
+    /// Whether no change was laid on it yet.
+    pub fn is_new(&self) -> bool {
+        self.right.is_none()
     }
 
     /// One more record of the old region.
@@ -94,17 +99,6 @@ impl<V: PartialEq + Clone> History<V> {
     /// The key was changed in the new region from `before` to `after`, after the fence or before it.
     pub fn change(&mut self, before: &V, after: &V, fenced: bool) -> Judged<V> {
         let right = self.right.get_or_insert_with(|| before.clone()).clone();
-        let ours = self.taken_back.iter();
-        let ours = ours
-            .clone()
-            .position(|(late, made)| late == before && made == after);
-        if let Some(index) = ours {
-            self.taken_back.remove(index);
-            return match right == *after {
-                true => Judged::Right,
-                false => Judged::Late(right),
-            };
-        }
         // What was restored, by this or by an earlier look; or nothing has changed.
         if right == *after {
             return Judged::Right;
@@ -153,12 +147,10 @@ mod tests {
         assert_eq!(key.change(&2, &8, true), Judged::Right, "the application");
         assert_eq!(key.change(&8, &1, true), Judged::Late(8));
         // Meanwhile: the application writes 9, and the same late write comes once more.
-        key.taken_back(1, 8);
         assert_eq!(key.change(&1, &9, true), Judged::Right);
         assert_eq!(key.change(&9, &1, true), Judged::Late(9));
-        assert_eq!(key.change(&1, &8, true), Judged::Late(9), "that was us");
-        key.taken_back(8, 9);
-        assert_eq!(key.change(&8, &9, true), Judged::Right);
+        assert_eq!(key.taken_back(&8), Judged::Late(9), "that was us");
+        assert_eq!(key.taken_back(&9), Judged::Right);
         assert_eq!(key.change(&9, &8, true), Judged::Right, "the application");
     }
 

@@ -12,6 +12,7 @@
 //! region: that is not the source any more.
 
 pub mod history;
+mod sent;
 mod tail;
 mod undo;
 
@@ -29,7 +30,7 @@ use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::dynamo::value::{Item, same_item};
 use crate::error::{Fault, Policy};
 use crate::lease::doubts::until_ms;
-use crate::lease::row::{DoubtRow, state};
+use crate::lease::row::{DoubtRow, print_of, state};
 use crate::lease::table::StateTable;
 use crate::lease::term::Term;
 use crate::mutation::{self, Mutation};
@@ -41,6 +42,7 @@ use crate::stream::sequence::SequenceNumber;
 use super::fence::Writers;
 use super::{Ended, Failover, Watcher, step};
 use history::{History, Judged, Old};
+use sent::Accounted;
 use tail::{Read, Tail};
 use undo::{Undone, undo};
 
@@ -110,6 +112,10 @@ struct Key {
     since_ms: Option<i64>,
     /// A repair of it was at work.
     is_repaired: bool,
+    /// Its last change was late: the next one may be what takes it back.
+    is_late: bool,
+    /// What of that was seen.
+    accounted: Accounted,
 }
 
 /// The keys of one table that were in flight.
@@ -209,6 +215,7 @@ impl Failover<'_> {
         }
         self.store(|row| state::WATCHING.clone_into(&mut row.state))
             .await?;
+        self.patiently(async || self.forget_sent().await).await?;
         let fenced_ms = self.record.done_ms(step::FENCED).unwrap_or_default();
         // From then on the application may write.
         let begun_ms = [step::BEGUN, step::BEGUN_FIRST]
@@ -491,11 +498,35 @@ impl Failover<'_> {
             };
             // Stream times are cut to the second: what may be the application's counts as such.
             let fenced = change.created_ms + 1_000 > begun_ms;
+            let is_ours = match key.is_late {
+                false => false,
+                true => match self.sent(&watched.table.name, &of).await {
+                    Ok(sent) => {
+                        let prints = (print_of(before.0.as_ref()), print_of(after.0.as_ref()));
+                        key.accounted.is_ours(&sent, prints, created_ms)
+                    }
+                    Err(fault) => {
+                        watched.pending.push_front(record);
+                        return Err(fault);
+                    }
+                },
+            };
+            let is_first = key.history.is_new();
+            let judged = match is_ours {
+                true => key.history.taken_back(&after),
+                false => key.history.change(&before, &after, fenced),
+            };
+            key.is_late = matches!(judged, Judged::Late(_));
+            for (held, was_right) in [(&before, is_first), (&after, !key.is_late)] {
+                if was_right {
+                    key.accounted.was_right(print_of(held.0.as_ref()));
+                }
+            }
             // Something was written over what was late before: that needs nothing any more.
             if watched.due.remove(&of).is_some() {
                 found.overwritten += 1;
             }
-            match key.history.change(&before, &after, fenced) {
+            match judged {
                 Judged::Right => {}
                 // In the second in which the epoch began nobody can say.
                 Judged::Arrived => found.arrived += usize::from(change.created_ms >= begun_ms),
@@ -514,26 +545,26 @@ impl Failover<'_> {
             };
             let table = watched.table.name_in(&self.target.label);
             // Where that fails it stays due.
-            let undone = undo((self.target, term), table, &key.keys, late, right).await?;
+            let noted = async || {
+                self.note_sent(&watched.table.name, &of, (late, right))
+                    .await
+            };
+            let place = (self.target, table, &key.keys);
+            let undone = undo(place, term, (late, right), noted).await?;
             tracing::warn!(
                 table = watched.table.name,
                 how = undone.label(),
                 "a write of the old epoch took effect late"
             );
             match undone {
-                Undone::Yes(sent) => {
-                    found.undone += 1;
-                    if sent {
-                        key.history.taken_back(late.clone(), right.clone());
-                        // The stream has to be read to that as well; its times are whole seconds.
-                        watched.until_ms = watched.until_ms.max(self.now_ms() + 1_000);
-                    }
-                }
+                Undone::Yes => found.undone += 1,
                 Undone::Overwritten => found.overwritten += 1,
                 Undone::Cannot(why) => {
                     found.standing.push((watched.table.name.clone(), why));
                 }
             }
+            // The stream has to be read to what was sent as well; its times are whole seconds.
+            watched.until_ms = watched.until_ms.max(self.now_ms() + 1_000);
             watched.due.remove(&of);
         }
         passed
@@ -587,6 +618,8 @@ impl Key {
             keys,
             since_ms: None,
             is_repaired: false,
+            is_late: false,
+            accounted: Accounted::default(),
         }
     }
 

@@ -28,8 +28,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How it ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Undone {
-    /// The key holds what is right; whether it was made so by this.
-    Yes(bool),
+    /// The key holds what is right.
+    Yes,
     /// Somebody has written it since: that counts.
     Overwritten,
     /// It can never be.
@@ -39,7 +39,7 @@ pub(super) enum Undone {
 impl Undone {
     pub(super) const fn label(&self) -> &'static str {
         match self {
-            Undone::Yes(_) => "undone",
+            Undone::Yes => "undone",
             Undone::Overwritten => "overwritten since",
             Undone::Cannot(_) => "it cannot be undone",
         }
@@ -47,13 +47,12 @@ impl Undone {
 }
 
 /// Makes the item under `keys` what is `right`, where it is still what the `late` write left; while `term`
-/// is good.
+/// is good. `noted` stores that a write is about to leave.
 pub(super) async fn undo(
-    (region, term): (&RegionClients, &Arc<Term>),
-    table: &str,
-    keys: &Item,
-    late: &Held,
-    right: &Held,
+    (region, table, keys): (&RegionClients, &str, &Item),
+    term: &Arc<Term>,
+    (late, right): (&Held, &Held),
+    noted: impl AsyncFn() -> Result<(), Fault>,
 ) -> Result<Undone, Fault> {
     if late
         .0
@@ -66,7 +65,6 @@ pub(super) async fn undo(
     }
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut attempts = 0;
-    let mut sent = false;
     loop {
         // Read first: a condition cannot say that there is no other attribute.
         let asked = batch_get(
@@ -82,28 +80,17 @@ pub(super) async fn undo(
                 });
                 let now = Held(found);
                 if now == *right {
-                    return Ok(Undone::Yes(sent));
+                    return Ok(Undone::Yes);
                 }
                 if now != *late {
                     return Ok(Undone::Overwritten);
                 }
-                let bound: Arc<dyn Bound> = Arc::clone(term) as _;
-                sent = true;
-                let timeout = bound.remaining().min(WRITE_TIMEOUT);
-                if timeout.is_zero() {
-                    // Nothing here confirms it: the next look does.
-                    return Err(epoch_unconfirmed());
+                // Where that fails nothing leaves; and its effect is known for what it is, however late
+                // it comes and whoever reads of it then.
+                match noted().await {
+                    Ok(()) => send(region, (table, keys), term, (late, right)).await?,
+                    Err(fault) => Err(fault),
                 }
-                let writing = write(region, table, keys, late, right);
-                let (answer, _) = within(bound, timeout, writing).await;
-                answer.unwrap_or_else(|| {
-                    Err(Fault::own(
-                        Operation::Write,
-                        Class::Network,
-                        "no answer in time",
-                        "the region did not answer within the timeout or the epoch",
-                    ))
-                })
             }
             Ok(_) => Err(Fault::own(
                 Operation::ReadReplica,
@@ -127,6 +114,31 @@ pub(super) async fn undo(
             Err(fault) => return Err(fault),
         }
     }
+}
+
+/// Sends it once. The outer fault: it did not leave, and would not.
+async fn send(
+    region: &RegionClients,
+    (table, keys): (&str, &Item),
+    term: &Arc<Term>,
+    (late, right): (&Held, &Held),
+) -> Result<Result<(), Fault>, Fault> {
+    let bound: Arc<dyn Bound> = Arc::clone(term) as _;
+    let timeout = bound.remaining().min(WRITE_TIMEOUT);
+    if timeout.is_zero() {
+        // Nothing here confirms it: the next look does.
+        return Err(epoch_unconfirmed());
+    }
+    let writing = write(region, table, keys, late, right);
+    let (answer, _) = within(bound, timeout, writing).await;
+    Ok(answer.unwrap_or_else(|| {
+        Err(Fault::own(
+            Operation::Write,
+            Class::Network,
+            "no answer in time",
+            "the region did not answer within the timeout or the epoch",
+        ))
+    }))
 }
 
 fn epoch_unconfirmed() -> Fault {
