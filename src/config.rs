@@ -299,6 +299,11 @@ impl Config {
             .unwrap_or_else(|| format!("farshore-{}", self.group))
     }
 
+    /// Name of the table in which a region keeps what the way home needs.
+    pub fn failback_table(&self) -> String {
+        format!("{}-failback", self.state_table())
+    }
+
     /// The write limit of `table` in units per second; `None` means no limit.
     pub fn units_per_second(&self, table: &Table) -> Option<u32> {
         match table

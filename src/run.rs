@@ -16,6 +16,7 @@ pub mod doubts;
 pub mod fleet;
 pub mod gone;
 pub mod halt;
+mod homeward;
 pub mod job;
 pub mod letter;
 pub mod letters;

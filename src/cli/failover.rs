@@ -62,10 +62,7 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
         refuse_losses(&survey, args)?;
     }
     let stop = super::stop_on_signal()?;
-    let mut line = Progress {
-        line: Line::new(args.json),
-        said: String::new(),
-    };
+    let mut line = Progress::new(args.json);
     let by = super::tap::who();
     let switch = async {
         let applied = match args.planned && !survey.is_under_way() {
@@ -157,9 +154,19 @@ fn refuse_losses(survey: &Survey, args: &Args) -> Result<(), Failure> {
 }
 
 /// Tells how far it is: a line that changes on a terminal, a line for each step elsewhere.
-struct Progress {
+pub(super) struct Progress {
     line: Line,
     said: String,
+}
+
+impl Progress {
+    /// `quiet`: only what is reached.
+    pub(super) fn new(quiet: bool) -> Self {
+        Self {
+            line: Line::new(quiet),
+            said: String::new(),
+        }
+    }
 }
 
 impl Watcher for Progress {

@@ -6,6 +6,7 @@ mod dead_letters;
 mod demo;
 #[cfg(feature = "embedded")]
 mod demo_load;
+mod failback;
 mod failover;
 mod health;
 mod one_shot;
@@ -122,6 +123,16 @@ enum Command {
     /// goes on where one that was killed stopped. Exit code 0: done; 1: only planned, or something remains
     /// that it names; 2: could not be done.
     Failover(failover::Args),
+    /// Brings a region home that was active, with the writes that never left it
+    ///
+    /// A region that was active is in quarantine, and its worker captures what was written there and never
+    /// left. Without --apply it says how much that is, how it stands to what the active region has written
+    /// since, and what would become of it. With it, what was chosen is written to the active region where
+    /// that still holds what it was compared with; then the region is fed again and made equal. Nothing is
+    /// dropped that is not in the report. The same command goes on where one that was killed stopped. Exit code 0:
+    /// done, or nobody is away; 1: only planned, something is kept, or a person has to do something first;
+    /// 2: could not be done.
+    Failback(failback::Args),
     /// Asks a running worker whether it lives: the probe of a container
     Health,
     /// Two embedded regions, a live workload, the worker; ends with a comparison of both tables
@@ -185,6 +196,7 @@ async fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Command::DeadLetters(args) => dead_letters::run(loaded(&cli.common)?, &args).await,
         Command::Redrive(args) => redrive::run(loaded(&cli.common)?, &args).await,
         Command::Reconcile(args) => reconcile::run(loaded(&cli.common)?, &args).await,
+        Command::Failback(args) => failback::run(loaded(&cli.common)?, &args).await,
         Command::Failover(args) => failover::run(loaded(&cli.common)?, &args).await,
         Command::Health => health::run(loaded(&cli.common)?).await,
         #[cfg(feature = "embedded")]

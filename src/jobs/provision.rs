@@ -21,6 +21,7 @@ use crate::dynamo::clock::{host_ms, rfc3339};
 use crate::dynamo::table::{describe, enabled_stream, primary_key, show_key};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault, Operation, classify, source_chain};
+use crate::jobs::failback::store::KEY;
 use crate::lease::control::{copy_for, newest};
 use crate::lease::row::{ControlRow, KEY_ATTRIBUTE};
 use crate::lease::table::StateTable;
@@ -56,9 +57,11 @@ enum Action {
         request: Box<CreateTableFluentBuilder>,
         name: String,
     },
-    StateTable {
+    /// A table with one key of this name, a string.
+    Keyed {
         client: Client,
         name: String,
+        key: &'static str,
     },
     Recovery {
         client: Client,
@@ -111,6 +114,7 @@ pub async fn plan(loaded: &Loaded, regions: &Regions) -> Result<Plan, Failure> {
         }
     }
     plan_state(&mut plan, loaded, target, &standing).await?;
+    plan_failback(&mut plan, loaded, target).await?;
     if let Some(url) = &config.dead_letters.queue_url {
         plan_queue(
             &mut plan,
@@ -282,9 +286,10 @@ async fn plan_state(
         None => {
             plan.steps.push(Step {
                 text: format!("create state table {name} in {}: on-demand", target.label),
-                action: Action::StateTable {
+                action: Action::Keyed {
                     client: target.tables.clone(),
                     name: name.clone(),
+                    key: KEY_ATTRIBUTE,
                 },
             });
             plan.steps.push(recovery_step(target, &name));
@@ -345,6 +350,53 @@ async fn plan_state(
                 },
             });
         }
+    }
+    Ok(())
+}
+
+/// The table in which a region keeps what the way home needs: there before anybody needs it.
+async fn plan_failback(
+    plan: &mut Plan,
+    loaded: &Loaded,
+    target: &RegionClients,
+) -> Result<(), Failure> {
+    let name = loaded.config.failback_table();
+    let existing = describe(&target.tables, &name)
+        .await
+        .map_err(|fault| unusable(target, &name, &fault))?;
+    let Some(table) = existing else {
+        plan.steps.push(Step {
+            text: format!(
+                "create failback table {name} in {}: on-demand",
+                target.label
+            ),
+            action: Action::Keyed {
+                client: target.tables.clone(),
+                name: name.clone(),
+                key: KEY,
+            },
+        });
+        plan.steps.push(recovery_step(target, &name));
+        return Ok(());
+    };
+    let key = primary_key(&table);
+    if key.len() != 1 || key[0].name != KEY || key[0].kind != "S" {
+        return Err(Failure::new(
+            format!("Table {name} in {} is no failback table", target.label),
+            format!(
+                "Its key is {}, and a failback table's is {KEY} (S, HASH)",
+                show_key(&key)
+            ),
+            "Name another state table in leases.table: the failback table is named after it",
+        ));
+    }
+    plan.notes
+        .push(format!("failback table {name} exists in {}", target.label));
+    if lacks_recovery(&target.tables, &name)
+        .await
+        .map_err(|fault| unusable(target, &name, &fault))?
+    {
+        plan.steps.push(recovery_step(target, &name));
     }
     Ok(())
 }
@@ -453,8 +505,8 @@ async fn run(action: Action) -> Result<Option<String>, Fault> {
                 .map_err(|error| classify(provision, &error))?;
             wait_until_active(&client, &name).await.map(|()| None)
         }
-        Action::StateTable { client, name } => {
-            let request = state_table_request(&client, &name).map_err(|error| {
+        Action::Keyed { client, name, key } => {
+            let request = keyed_request(&client, &name, key).map_err(|error| {
                 Fault::own(
                     provision,
                     Class::Unknown,
@@ -474,22 +526,23 @@ async fn run(action: Action) -> Result<Option<String>, Fault> {
     }
 }
 
-fn state_table_request(
+fn keyed_request(
     client: &Client,
     name: &str,
+    key: &str,
 ) -> Result<CreateTableFluentBuilder, aws_sdk_dynamodb::error::BuildError> {
     Ok(client
         .create_table()
         .table_name(name)
         .attribute_definitions(
             AttributeDefinition::builder()
-                .attribute_name(KEY_ATTRIBUTE)
+                .attribute_name(key)
                 .attribute_type(ScalarAttributeType::S)
                 .build()?,
         )
         .key_schema(
             KeySchemaElement::builder()
-                .attribute_name(KEY_ATTRIBUTE)
+                .attribute_name(key)
                 .key_type(KeyType::Hash)
                 .build()?,
         )

@@ -226,8 +226,12 @@ pub fn part<'a>(
     }
     let was_active = |own: &ControlRow| own.epoch < epoch && own.active == here;
     let says_so = |own: &ControlRow| own.state == state::QUARANTINED;
-    let told = newest(seen, active, epoch)
-        .is_some_and(|record| record.quarantined.iter().any(|label| label == here));
+    let newest = newest(seen, active, epoch);
+    // Said by the record itself, of this very epoch, once what it held is captured.
+    if newest.is_some_and(|record| record.has_returned(here)) {
+        return Part::Fed;
+    }
+    let told = newest.is_some_and(|record| record.quarantined.iter().any(|label| label == here));
     match told || own.is_some_and(|own| was_active(own) || says_so(own)) {
         true => Part::Quarantined,
         false => Part::Fed,
@@ -243,7 +247,11 @@ pub fn copy_for(
     own: Option<&ControlRow>,
 ) -> Option<ControlRow> {
     let known = own.is_some_and(|own| {
-        let stays = part != Part::Quarantined || own.state == state::QUARANTINED;
+        let stays = match part {
+            Part::Quarantined => own.state == state::QUARANTINED,
+            // It came home: a copy that says that it waits would bring the quarantine back.
+            _ => own.state != state::QUARANTINED || !record.has_returned(here),
+        };
         // Another failover's record of the same epoch, or the copy that tells of both: overwritten, it
         // would be a conflict that nobody sees.
         let contradicts = own.active != record.active || !own.rivals.is_empty();
@@ -259,7 +267,10 @@ pub fn copy_for(
         Part::Active | Part::Fed => state::STEADY,
     }
     .to_owned();
-    copy.steps.clear();
+    // When the epoch began is where the way home begins.
+    let begun = ["begun-first", "begun"];
+    copy.steps
+        .retain(|step| begun.contains(&step.step.as_str()));
     copy.actions.clear();
     copy.running = None;
     copy.closing_until = None;
@@ -341,8 +352,14 @@ pub fn successor<'a>(
 ) -> ControlRow {
     let seen: Vec<&ControlRow> = seen.into_iter().collect();
     let current = seen.iter().filter(|record| record.epoch == epoch);
+    // Copies may be older than the record that says that somebody came home.
+    let returned: Vec<&String> = current
+        .clone()
+        .flat_map(|record| &record.returned)
+        .collect();
     let mut quarantined: Vec<String> = current
         .flat_map(|record| record.quarantined.clone())
+        .filter(|label| !returned.contains(&label))
         .chain(aside.iter().cloned())
         .chain([active.to_owned()])
         .filter(|label| label != to)

@@ -7,6 +7,7 @@ mod fleet;
 mod gap;
 mod job;
 mod reconcile;
+mod track;
 mod ttl;
 mod undo;
 
@@ -22,6 +23,7 @@ pub use reconcile::{
     Closes, HowFar, JobKind, Mark, Mending, Progress, ReconcileRow, SegmentRow, audited,
     comparison_rows, comparisons,
 };
+pub use track::{Places, Track, TrackRow, past_doubt};
 pub use ttl::TtlRow;
 pub use undo::{SentUndo, UndoRow, print_of};
 
@@ -101,6 +103,12 @@ pub enum Row {
     Budget(BudgetRow),
     /// What a source table expires.
     Ttl(TtlRow),
+    /// A doubt of an epoch that is over.
+    PastDoubt(DoubtRow),
+    /// How far what is stranded in this region was captured.
+    Capture(TrackRow),
+    /// How far the ledger of what this region wrote was read.
+    Ledger(TrackRow),
     /// What was sent to take late writes of a key back.
     Undo(UndoRow),
     /// A kind this version does not use.

@@ -7,7 +7,8 @@ use serde::de::DeserializeOwned;
 
 use super::row::{
     BUDGET_KEY, BudgetRow, ControlRow, Counted, FORMAT_VERSION, GapRow, Head, JobRow,
-    KEY_ATTRIBUTE, PauseRow, ReconcileRow, Row, ShardRow, StreamRow, TtlRow, UndoRow, WorkerRow,
+    KEY_ATTRIBUTE, PauseRow, ReconcileRow, Row, ShardRow, StreamRow, TrackRow, TtlRow, UndoRow,
+    WorkerRow,
 };
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, NEWER_ROW, Operation, UNREADABLE_ROW, classify};
@@ -152,6 +153,20 @@ impl StateTable {
             Some(Row::Ttl(row)) => Ok(Some(row)),
             Some(_) => Err(unreadable(
                 "the key of a time to live holds another kind of row",
+            )),
+            None => Ok(None),
+        }
+    }
+
+    /// How far something is read, by the row's key, read consistently.
+    ///
+    /// # Errors
+    /// As [`rows`](Self::rows).
+    pub async fn track(&self, key: &str) -> Result<Option<TrackRow>, Fault> {
+        match self.get(key).await? {
+            Some(Row::Capture(row) | Row::Ledger(row)) => Ok(Some(row)),
+            Some(_) => Err(unreadable(
+                "the key of what is read holds another kind of row",
             )),
             None => Ok(None),
         }
@@ -419,6 +434,9 @@ fn row_from(item: Item) -> Result<Row, Fault> {
         "budget" => Row::Budget(parse(item)?),
         "ttl" => Row::Ttl(parse(item)?),
         "undo" => Row::Undo(parse(item)?),
+        "past-doubt" => Row::PastDoubt(parse(item)?),
+        "capture" => Row::Capture(parse(item)?),
+        "ledger" => Row::Ledger(parse(item)?),
         _ => Row::Other(head),
     })
 }

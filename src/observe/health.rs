@@ -97,6 +97,8 @@ pub enum Idle {
         active: String,
         /// Number of the epoch.
         epoch: u64,
+        /// How far what is stranded is captured, in words; empty while nothing can be said of it.
+        captured: String,
     },
     /// It cannot be said what its region is for.
     Unknown(Failure),
@@ -115,12 +117,14 @@ impl Idle {
                 here,
                 active,
                 epoch,
+                captured,
             } => (
                 "quarantined",
                 format!(
-                    "{here} was active before {active} became so in epoch {epoch}, and may hold writes that never left it: nothing is written there"
+                    "{here} was active before {active} became so in epoch {epoch}, and may hold writes that never left it: nothing is written there{}{captured}",
+                    if captured.is_empty() { "" } else { "; " }
                 ),
-                "Stop what still writes to its tables, and leave them as they are until those writes are captured".to_owned(),
+                "Stop what still writes to its tables, and see the way home with `farshore failback`".to_owned(),
             ),
             Idle::Changing => (
                 "role-changing",
@@ -341,6 +345,11 @@ impl Health {
         for (table, reason) in gaps.keys() {
             super::metrics::gaps_open(table, reason.label(), 0);
         }
+    }
+
+    /// Why it neither feeds nor stands by, in other words. Nothing else changes.
+    pub fn set_idle(&self, idle: Idle) {
+        self.state().idle = Some(idle);
     }
 
     /// The region that is active, when this worker stands by.

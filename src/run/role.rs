@@ -17,6 +17,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::homeward::{Aim, Homeward, last_active};
 use super::records::Records;
 use super::seen::Standby;
 use super::start::{Role, Told, find_role};
@@ -25,7 +26,7 @@ use crate::config::read::Loaded;
 use crate::dynamo::Regions;
 use crate::dynamo::clock::uptime;
 use crate::error::{Exit, Failure};
-use crate::lease::control::{Flow, Heed, Part, Verdict, heed, part, verdict};
+use crate::lease::control::{Flow, Heed, Part, Verdict, heed, newest, part, verdict};
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Idle};
 use crate::observe::metrics;
@@ -176,11 +177,7 @@ impl Roles {
                     here = self.loaded.here,
                     "quarantined: this region was active, and may hold writes that never left; nothing is written to it"
                 );
-                self.begin(Idle::Quarantined {
-                    here: self.loaded.here.clone(),
-                    active: active.clone(),
-                    epoch: *epoch,
-                });
+                self.begin(self.quarantine(waiting, ""));
             }
         }
     }
@@ -206,6 +203,8 @@ impl Roles {
     ) -> bool {
         let lease = self.loaded.config.leases.duration;
         let mut kept: Option<Instant> = None;
+        let mut homeward: Option<Homeward> = None;
+        let mut told = String::new();
         // Dropped with this function, and what it reads with it.
         let mut others = JoinSet::new();
         loop {
@@ -214,8 +213,21 @@ impl Roles {
                 kept = Some(Instant::now());
                 self.keep_quarantine(records).await;
             }
+            homeward = self.look_homeward(waiting, records, homeward).await;
+            if let Some(homeward) = &homeward
+                && waiting.part == Part::Quarantined
+                && told != homeward.told()
+            {
+                told = homeward.told();
+                self.health.set_idle(self.quarantine(waiting, &told));
+            }
             tokio::select! {
-                () = stop.cancelled() => return false,
+                () = stop.cancelled() => {
+                    if let Some(homeward) = homeward {
+                        homeward.stop().await;
+                    }
+                    return false;
+                }
                 () = tokio::time::sleep(records.own_every()) => {}
             }
             // What does not answer changes nothing, and holds nothing up.
@@ -228,8 +240,77 @@ impl Roles {
             let read = records.read_own_if_any().await;
             records.tell(begun, &read, (&waiting.active, waiting.epoch), &self.health);
             if self.has_moved(waiting, records) {
-                return true;
+                return match homeward {
+                    // Nothing is fed here before everything until now is captured.
+                    Some(homeward) if self.has_returned(waiting, records) => {
+                        homeward.close(stop).await
+                    }
+                    Some(homeward) => {
+                        homeward.stop().await;
+                        true
+                    }
+                    None => true,
+                };
             }
+        }
+    }
+
+    /// Whether the quarantine has ended, in its epoch.
+    fn has_returned(&self, waiting: &Waiting, records: &Records) -> bool {
+        let seen = records.seen();
+        let record = newest(&seen, &waiting.active, waiting.epoch);
+        waiting.part == Part::Quarantined
+            && record.is_some_and(|record| record.has_returned(&self.loaded.here))
+    }
+
+    /// Begins, ends or looks after the reading of the own streams, as the records ask for it.
+    async fn look_homeward(
+        &self,
+        waiting: &Waiting,
+        records: &Records,
+        homeward: Option<Homeward>,
+    ) -> Option<Homeward> {
+        let own = records.own();
+        let here = &self.loaded.here;
+        let aim = match waiting.part {
+            Part::Quarantined => {
+                let seen = records.seen();
+                let newest = newest(&seen, &waiting.active, waiting.epoch);
+                Some(Aim::Capture {
+                    epoch: last_active(here, waiting.epoch, newest, own.as_ref()),
+                    active: waiting.active.clone(),
+                })
+            }
+            Part::Active => own
+                .filter(|own| own.epoch == waiting.epoch && own.active == *here)
+                .and_then(|own| Aim::ledger(&own)),
+            Part::Fed => None,
+        };
+        match (homeward, aim) {
+            (Some(mut homeward), Some(aim)) if *homeward.aim() == aim => {
+                homeward.tend();
+                return Some(homeward);
+            }
+            (Some(homeward), aim) => {
+                homeward.stop().await;
+                aim.and_then(|aim| self.begin_homeward(aim))
+            }
+            (None, Some(aim)) => self.begin_homeward(aim),
+            (None, None) => None,
+        }
+    }
+
+    fn begin_homeward(&self, aim: Aim) -> Option<Homeward> {
+        let (config, here) = (&self.loaded.config, &self.loaded.here);
+        Homeward::begin(aim, config, here, &self.regions, &self.health)
+    }
+
+    fn quarantine(&self, waiting: &Waiting, told: &str) -> Idle {
+        Idle::Quarantined {
+            here: self.loaded.here.clone(),
+            active: waiting.active.clone(),
+            epoch: waiting.epoch,
+            captured: told.to_owned(),
         }
     }
 

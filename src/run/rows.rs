@@ -81,7 +81,14 @@ impl Snapshot {
                 Row::Control(row) => snapshot.control = Some(row),
                 Row::Reconcile(row) => snapshot.plans.push(row),
                 Row::Segment(row) => snapshot.segments.push(row),
-                Row::Job(_) | Row::Budget(_) | Row::Ttl(_) | Row::Undo(_) | Row::Other(_) => {}
+                Row::Job(_)
+                | Row::Budget(_)
+                | Row::Ttl(_)
+                | Row::Undo(_)
+                | Row::PastDoubt(_)
+                | Row::Capture(_)
+                | Row::Ledger(_)
+                | Row::Other(_) => {}
             }
         }
         snapshot.holds = Holds::of(&snapshot.doubts, &snapshot.gaps);

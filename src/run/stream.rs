@@ -26,7 +26,7 @@ use crate::error::{Fault, Operation};
 use crate::lease::doubts::on_take;
 use crate::lease::held::Lease;
 use crate::lease::row::{
-    FORMAT_VERSION, GapReason, GapRow, JobKind, ShardRow, StreamRow, shard_key,
+    ControlRow, FORMAT_VERSION, GapReason, GapRow, JobKind, ShardRow, StreamRow, shard_key,
 };
 use crate::lease::table::record_gap;
 use crate::mutation::{crash, trouble};
@@ -460,9 +460,17 @@ impl Stream {
         // is either seen there or replayed. Too early is right, too late is not.
         let clock = shared.source.clock.reading();
         let begun_ms = clock.map_or(0, |clock| clock.now_ms - clock.error_ms);
+        let came_home = snapshot
+            .control
+            .as_ref()
+            .filter(|control| control.epoch == shared.epoch)
+            .filter(|control| control.has_returned(&shared.target.label))
+            .and_then(ControlRow::begun_ms);
         let start_timestamp = match table.start {
             // A re-created stream is read from its beginning.
             _ if seen_before => None,
+            // What the source held at the fence came from here.
+            _ if came_home.is_some() => came_home.map(|ms| ms - LATEST_MARGIN_MS),
             Start::TrimHorizon => None,
             Start::Latest => Some(shared.source.clock.now_ms() - LATEST_MARGIN_MS),
             Start::At(time) => Some(time.to_millis().unwrap_or(0) - LATEST_MARGIN_MS),

@@ -18,7 +18,7 @@ pub mod fence;
 pub mod late;
 pub mod planned;
 mod rivals;
-mod survey;
+pub(in crate::jobs) mod survey;
 pub mod ttl;
 
 use std::sync::OnceLock;
@@ -36,7 +36,7 @@ use crate::dynamo::clock::rfc3339;
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Failure, Fault, Policy};
 use crate::lease::control::{copy_for, part, successor};
-use crate::lease::row::{ControlRow, ShardRow, state};
+use crate::lease::row::{ControlRow, ShardRow, past_doubt, state};
 use crate::lease::table::{StateTable, Written};
 use crate::mutation::crash;
 use fence::{Next, Writers};
@@ -419,6 +419,10 @@ impl<'a> Failover<'a> {
         }
         crash("failover-watched");
         for doubt in &writers.doubts {
+            // What it covers may never have been applied: then it is stranded, and failback asks.
+            let past = past_doubt(doubt);
+            self.patiently(async || self.state.create(&past).await)
+                .await?;
             self.patiently(async || self.state.delete(doubt).await)
                 .await?;
         }

@@ -7,6 +7,7 @@ use futures::future::join_all;
 
 use crate::config::Config;
 use crate::config::read::Loaded;
+use crate::dynamo::clock::Reading;
 use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault};
@@ -292,30 +293,7 @@ impl Survey {
             .map(|source| source.clock.reading());
         let (clock, _) = heard(source.flatten(), self.target.clock.reading());
         let replica_ms = self.target.clock.now_ms();
-        let jobs = comparisons(&found.plans, &found.segments);
-        let limit = Limits::of(config).listing.as_millis();
-        let ground = Ground {
-            epoch,
-            shards: &found.shards,
-            streams: &found.streams,
-            gaps: &found.gaps,
-            doubts: &found.doubts,
-            jobs: &jobs,
-            // What the workers have in memory only would die with them.
-            live: &Live::new(),
-            source_ms: clock.now_ms,
-            replica_ms,
-            listing_limit_ms: i64::try_from(limit).unwrap_or(i64::MAX),
-        };
-        let names = config.tables.iter().map(|table| table.name.as_str());
-        self.tables = of_tables(ground, names)
-            .into_iter()
-            .map(|(name, moments)| {
-                let mut seen = table_seen(&found, name, epoch, (clock.now_ms, replica_ms));
-                (seen.moments, seen.age) = (moments, moments.age(clock));
-                seen
-            })
-            .collect();
+        self.tables = tables_seen(config, &found, epoch, (clock, replica_ms));
     }
 
     /// Whether the tables are there, and have a stream. It is good to know, and nobody waits for it longer
@@ -374,6 +352,40 @@ impl Survey {
             ));
         }
     }
+}
+
+/// What the rows of a replica's state table tell of its tables in `epoch`, by the source's clock and by the
+/// replica's.
+pub(in crate::jobs) fn tables_seen(
+    config: &Config,
+    found: &Snapshot,
+    epoch: u64,
+    (clock, replica_ms): (Reading, i64),
+) -> Vec<TableSeen> {
+    let jobs = comparisons(&found.plans, &found.segments);
+    let limit = Limits::of(config).listing.as_millis();
+    let ground = Ground {
+        epoch,
+        shards: &found.shards,
+        streams: &found.streams,
+        gaps: &found.gaps,
+        doubts: &found.doubts,
+        jobs: &jobs,
+        // What the workers have in memory only would die with them.
+        live: &Live::new(),
+        source_ms: clock.now_ms,
+        replica_ms,
+        listing_limit_ms: i64::try_from(limit).unwrap_or(i64::MAX),
+    };
+    let names = config.tables.iter().map(|table| table.name.as_str());
+    of_tables(ground, names)
+        .into_iter()
+        .map(|(name, moments)| {
+            let mut seen = table_seen(found, name, epoch, (clock.now_ms, replica_ms));
+            (seen.moments, seen.age) = (moments, moments.age(clock));
+            seen
+        })
+        .collect()
 }
 
 /// What the rows tell of a table at this time, by the source's clock and by the target's.

@@ -101,6 +101,13 @@ pub struct ControlRow {
         skip_serializing_if = "Vec::is_empty"
     )]
     pub quarantined: Vec<String>,
+    /// Labels of regions that came home in this epoch: what they held is captured, and they are fed again.
+    #[serde(
+        default,
+        with = "serde_dynamo::string_set",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub returned: Vec<String>,
     /// Of a copy of several records of one epoch: the regions they name.
     #[serde(
         default,
@@ -146,12 +153,25 @@ impl ControlRow {
             previous: None,
             past: Vec::new(),
             quarantined: Vec::new(),
+            returned: Vec::new(),
             rivals: Vec::new(),
             steps: Vec::new(),
             closing_until: None,
             actions: Vec::new(),
             running: None,
         }
+    }
+
+    /// When the application of the active region may have begun to write, in milliseconds; `None` where nobody
+    /// remembers.
+    pub fn begun_ms(&self) -> Option<i64> {
+        let steps = ["begun-first", "begun"];
+        steps.iter().find_map(|step| self.done_ms(step))
+    }
+
+    /// Whether the region `label` came home in this epoch.
+    pub fn has_returned(&self, label: &str) -> bool {
+        self.returned.iter().any(|one| one == label)
     }
 
     /// When `step` was done, in milliseconds; `None` if it was not.

@@ -25,6 +25,7 @@ impl Builder<'_> {
                 here: self.seen.here.to_owned(),
                 active: self.source.clone(),
                 epoch: self.epoch,
+                captured: String::new(),
             };
             let reason = idle.reason();
             say(&reason.code, "", reason.text, &reason.next);

@@ -13,7 +13,6 @@
 
 pub mod history;
 mod sent;
-mod tail;
 mod undo;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -39,11 +38,11 @@ use crate::stream::change::{Change, OldImage};
 use crate::stream::reader::Position;
 use crate::stream::sequence::SequenceNumber;
 
+use super::super::tail::{Read, Tail};
 use super::fence::Writers;
 use super::{Ended, Failover, Watcher, step};
 use history::{History, Judged, Old};
 use sent::Accounted;
-use tail::{Read, Tail};
 use undo::{Undone, undo};
 
 /// Keys watched at once; beyond it a table is not watched, and that is said.

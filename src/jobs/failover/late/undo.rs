@@ -1,10 +1,7 @@
 //! Takes a late write back, on condition that nobody has written the key since.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
-
-use aws_sdk_dynamodb::types::AttributeValue;
 
 use super::Held;
 use crate::backoff::Backoff;
@@ -13,11 +10,10 @@ use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::batch_get;
 use crate::dynamo::transmit::{Bound, within};
 use crate::dynamo::value::Item;
-use crate::error::{Class, Fault, Operation, Policy, classify};
+use crate::error::{Class, Fault, Operation, Policy};
+use crate::jobs::exact::{unsayable, write};
 use crate::lease::term::Term;
 
-/// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
-const ATTRIBUTES_MAX: usize = 150;
 /// How often it is tried while its failure may pass by itself.
 const ATTEMPTS_MAX: u32 = 20;
 /// Longest wait for the answer to a write.
@@ -54,14 +50,8 @@ pub(super) async fn undo(
     (late, right): (&Held, &Held),
     noted: impl AsyncFn() -> Result<(), Fault>,
 ) -> Result<Undone, Fault> {
-    if late
-        .0
-        .as_ref()
-        .is_some_and(|item| item.len() > ATTRIBUTES_MAX)
-    {
-        return Ok(Undone::Cannot(format!(
-            "it has more than {ATTRIBUTES_MAX} attributes, and no condition can name them all"
-        )));
+    if let Some(why) = unsayable(late.0.as_ref()) {
+        return Ok(Undone::Cannot(why));
     }
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut attempts = 0;
@@ -129,7 +119,7 @@ async fn send(
         // Nothing here confirms it: the next look does.
         return Err(epoch_unconfirmed());
     }
-    let writing = write(region, table, keys, late, right);
+    let writing = write((region, table, keys), late.0.as_ref(), right.0.as_ref());
     let (answer, _) = within(bound, timeout, writing).await;
     Ok(answer.unwrap_or_else(|| {
         Err(Fault::own(
@@ -148,75 +138,4 @@ fn epoch_unconfirmed() -> Fault {
         "epoch not confirmed",
         "the control record was not read for a lease",
     )
-}
-
-/// That an item is still there as the late write left it, or still gone.
-struct Condition {
-    text: String,
-    names: HashMap<String, String>,
-    values: Option<HashMap<String, AttributeValue>>,
-}
-
-impl Condition {
-    fn of(keys: &Item, late: &Held) -> Self {
-        let mut names = HashMap::new();
-        let Some(late) = &late.0 else {
-            let key = keys.keys().min().cloned().unwrap_or_default();
-            names.insert("#k".to_owned(), key);
-            return Self {
-                text: "attribute_not_exists(#k)".to_owned(),
-                names,
-                values: None,
-            };
-        };
-        let mut parts = Vec::new();
-        let mut values = HashMap::new();
-        for (number, (name, value)) in late.iter().enumerate() {
-            parts.push(format!("#a{number} = :a{number}"));
-            names.insert(format!("#a{number}"), name.clone());
-            values.insert(format!(":a{number}"), value.clone());
-        }
-        Self {
-            text: parts.join(" AND "),
-            names,
-            values: Some(values),
-        }
-    }
-}
-
-async fn write(
-    region: &RegionClients,
-    table: &str,
-    keys: &Item,
-    late: &Held,
-    right: &Held,
-) -> Result<(), Fault> {
-    let condition = Condition::of(keys, late);
-    let failed = Operation::Write;
-    match &right.0 {
-        Some(item) => region
-            .tables
-            .put_item()
-            .table_name(table)
-            .set_item(Some(item.clone()))
-            .condition_expression(condition.text)
-            .set_expression_attribute_names(Some(condition.names))
-            .set_expression_attribute_values(condition.values)
-            .send()
-            .await
-            .map(|_| ())
-            .map_err(|error| classify(failed, &error)),
-        None => region
-            .tables
-            .delete_item()
-            .table_name(table)
-            .set_key(Some(keys.clone()))
-            .condition_expression(condition.text)
-            .set_expression_attribute_names(Some(condition.names))
-            .set_expression_attribute_values(condition.values)
-            .send()
-            .await
-            .map(|_| ())
-            .map_err(|error| classify(failed, &error)),
-    }
 }

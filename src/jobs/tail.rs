@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::dynamo::RegionClients;
 use crate::error::{Class, Fault, Policy};
+use crate::lease::row::Places;
 use crate::stream::change::{Change, Undecodable};
 use crate::stream::listing::Lister;
 use crate::stream::reader::{PAGE_RECORDS_MAX, Position, ShardReader};
@@ -22,7 +23,7 @@ const LIST_EVERY: Duration = Duration::from_secs(2);
 const PAGES_A_ROUND: u32 = 50;
 
 /// A record as it was read: the change it tells of, or why there is none.
-pub(super) type Read = Result<Change, Box<Undecodable>>;
+pub(in crate::jobs) type Read = Result<Change, Box<Undecodable>>;
 
 /// When the source made it, in milliseconds; 0 where unknown.
 fn made_ms(record: &Read) -> i64 {
@@ -46,7 +47,7 @@ struct Reading {
 }
 
 /// A stream that is read on and on.
-pub(super) struct Tail {
+pub(in crate::jobs) struct Tail {
     region: RegionClients,
     lister: Lister,
     arn: String,
@@ -54,21 +55,30 @@ pub(super) struct Tail {
     since_ms: i64,
     /// Where to begin, where that is known: then only those shards are read, and what came from them.
     begin: Option<BTreeMap<String, Position>>,
+    /// Shards that were read to their ends before.
+    ended: BTreeSet<String>,
+    /// With places to begin: whether shards that neither came from those nor are older are read as well.
+    takes_others: bool,
     shards: BTreeMap<ShardId, Reading>,
     listed: Option<Instant>,
     /// Whether a round brought anything on since this was last taken: records, or the end of a shard.
     moved: bool,
+    /// Whether records were forgotten before they were read.
+    lost: bool,
 }
 
 impl Tail {
     /// The stream `arn` of `region`, from `since_ms` on.
-    pub(super) fn new(region: &RegionClients, arn: String, since_ms: i64) -> Self {
+    pub(in crate::jobs) fn new(region: &RegionClients, arn: String, since_ms: i64) -> Self {
         Self {
             region: region.clone(),
             lister: Lister::new(region.streams.clone()),
             arn,
             since_ms,
             begin: None,
+            ended: BTreeSet::new(),
+            takes_others: false,
+            lost: false,
             shards: BTreeMap::new(),
             listed: None,
             moved: false,
@@ -76,14 +86,58 @@ impl Tail {
     }
 
     /// Whether the rounds since this was last asked brought anything on.
-    pub(super) fn has_moved(&mut self) -> bool {
+    pub(in crate::jobs) fn has_moved(&mut self) -> bool {
         std::mem::take(&mut self.moved)
     }
 
     /// Reads only these shards, from these positions, and those that came from them: those from their
     /// beginning, whatever their own position is, so that nothing of a key is missed in between.
-    pub(super) fn begin_at(&mut self, positions: impl Iterator<Item = (String, Position)>) {
+    pub(in crate::jobs) fn begin_at(
+        &mut self,
+        positions: impl Iterator<Item = (String, Position)>,
+    ) {
         self.begin = Some(positions.collect());
+    }
+
+    /// Goes on where another one stood. What came from its shards, and what it did not know of, is read from the
+    /// beginning; what is older than its shards is not read.
+    pub(in crate::jobs) fn go_on_from(&mut self, places: &Places) {
+        let open = places
+            .iter()
+            .filter_map(|(id, place)| Some((id.clone(), place.clone()?)));
+        self.begin = Some(open.collect());
+        let ended = places.iter().filter(|(_, place)| place.is_none());
+        self.ended = ended.map(|(id, _)| id.clone()).collect();
+        self.takes_others = true;
+    }
+
+    /// Where it stands. A shard that was read to its end is left out once one that came from it is in: what is older
+    /// than that is not read again.
+    pub(in crate::jobs) fn places(&self) -> Places {
+        let has_begun = |reading: &Reading| reading.reader.position() != &Position::TrimHorizon;
+        let followed: BTreeSet<&ShardId> = self
+            .shards
+            .values()
+            .filter(|reading| reading.ended || has_begun(reading))
+            .filter_map(|reading| reading.parent.as_ref())
+            .collect();
+        let known = self.shards.iter().filter_map(|(id, reading)| {
+            match (reading.ended, has_begun(reading)) {
+                (true, _) if followed.contains(id) => None,
+                (true, _) => Some((id.0.clone(), None)),
+                (false, true) => Some((id.0.clone(), Some(reading.reader.position().clone()))),
+                // Nothing of it was read: it is found again.
+                (false, false) => None,
+            }
+        });
+        let before = self.ended.iter().map(|id| (id.clone(), None));
+        let before = before.filter(|(id, _)| !followed.contains(&ShardId(id.clone())));
+        before.chain(known).collect()
+    }
+
+    /// Whether records were forgotten before they were read.
+    pub(in crate::jobs) fn has_lost(&self) -> bool {
+        self.lost
     }
 
     async fn list(&mut self) -> Result<(), Fault> {
@@ -126,14 +180,27 @@ impl Tail {
                 since_ms => Position::AtTimestamp(since_ms),
             },
             Some(begin) => {
-                let ours = |id: &ShardId| begin.contains_key(&id.0);
+                let is_ended = |id: &ShardId| self.ended.contains(&id.0);
+                let ours = |id: &ShardId| begin.contains_key(&id.0) || is_ended(id);
                 // No lineage is deeper than it has shards.
-                let ancestors =
-                    std::iter::successors(parents.get(&shard.id), |id| parents.get(*id));
-                let came_from_ours = ancestors.take(parents.len()).any(ours);
+                let ancestors = |of: &ShardId| {
+                    std::iter::successors(parents.get(of), |id| parents.get(*id))
+                        .take(parents.len())
+                };
+                let came_from_ours = ancestors(&shard.id).any(ours);
                 match begin.get(&shard.id.0) {
+                    _ if is_ended(&shard.id) => return,
+                    Some(position) if self.takes_others => position.clone(),
                     _ if came_from_ours => Position::TrimHorizon,
                     Some(position) => position.clone(),
+                    None if self.takes_others => {
+                        let known = begin.keys().chain(&self.ended);
+                        let mut known = known.map(|id| ShardId(id.clone()));
+                        if known.any(|id| ancestors(&id).any(|older| *older == shard.id)) {
+                            return;
+                        }
+                        Position::TrimHorizon
+                    }
                     None => return,
                 }
             }
@@ -177,7 +244,7 @@ impl Tail {
 
     /// Reads what there is now, into `records`. Whether every shard was seen to hold nothing more that was
     /// made until `until_ms`.
-    pub(super) async fn round(
+    pub(in crate::jobs) async fn round(
         &mut self,
         until_ms: i64,
         records: &mut VecDeque<Read>,
@@ -195,8 +262,17 @@ impl Tail {
                 let page = match reading.reader.next(PAGE_RECORDS_MAX).await {
                     Ok(page) => page,
                     Err(fault) if fault.policy() == Policy::NewIterator => break,
-                    // What a stream has forgotten, or a shard that is gone, shows nothing any more.
-                    Err(fault) if matches!(fault.class, Class::Trimmed | Class::NotFound) => {
+                    // What it has forgotten is lost; what is left of it is read.
+                    Err(fault) if fault.class == Class::Trimmed => {
+                        self.lost = true;
+                        reading.reader.restart();
+                        break;
+                    }
+                    // A shard that is gone shows nothing any more. What nobody knew of was of before.
+                    Err(fault) if fault.class == Class::NotFound => {
+                        let was_known = self.begin.iter().any(|begin| begin.contains_key(&id.0));
+                        let was_read = matches!(reading.reader.position(), Position::After(_));
+                        self.lost |= was_known || was_read;
                         reading.ended = true;
                         break;
                     }
@@ -240,7 +316,7 @@ impl Tail {
 
     /// Reads everything there is now that was made until `until_ms`, once. Somebody may write on and on: a
     /// shard is left at the first page with a later record, or that is empty and was asked for later.
-    pub(super) async fn read_all(
+    pub(in crate::jobs) async fn read_all(
         &mut self,
         until_ms: i64,
         mut take: impl AsyncFnMut(&str, Read),
