@@ -455,17 +455,17 @@ impl Stream {
         // Or this region was active itself: what it holds was never a copy.
         let here = |active: &str| active == shared.target.label;
         let was_active = snapshot.control.as_ref().is_some_and(|c| here(&c.active));
-        let had_another_source = of_table.count() > 0 || was_active;
+        let returned = snapshot
+            .control
+            .as_ref()
+            .filter(|control| control.epoch == shared.epoch)
+            .filter(|control| control.has_returned(&shared.target.label));
+        let had_another_source = of_table.count() > 0 || was_active || returned.is_some();
         // Resolved before the source is looked at, and a little early: what is written in between
         // is either seen there or replayed. Too early is right, too late is not.
         let clock = shared.source.clock.reading();
         let begun_ms = clock.map_or(0, |clock| clock.now_ms - clock.error_ms);
-        let came_home = snapshot
-            .control
-            .as_ref()
-            .filter(|control| control.epoch == shared.epoch)
-            .filter(|control| control.has_returned(&shared.target.label))
-            .and_then(ControlRow::begun_ms);
+        let came_home = returned.and_then(ControlRow::begun_ms);
         let start_timestamp = match table.start {
             // A re-created stream is read from its beginning.
             _ if seen_before => None,

@@ -156,8 +156,9 @@ impl Home<'_> {
                     .first()
                     .map(|(name, why)| format!("{name}: {why}"));
                 let behind = || {
-                    let proven = table.moments.proven_ms.is_some_and(|ms| ms >= turned_ms);
-                    let open = table.doubts > 0 || !proven;
+                    // Proven where records came since; a stream in which nothing happens proves nothing.
+                    let until = table.moments.estimated_ms.max(table.moments.proven_ms);
+                    let open = table.doubts > 0 || until.is_none_or(|ms| ms < turned_ms);
                     open.then(|| format!("{}: not everything is applied yet", table.name))
                 };
                 loss.or_else(behind)

@@ -1,0 +1,221 @@
+//! Failback: a region that was active comes home, with the writes that never left it.
+
+mod common;
+mod failover_support;
+
+use std::time::Duration;
+
+use common::binary::Worker;
+use common::eventually;
+use common::stand::{delete, s};
+use failover_support::{A, B, Group, LABELS, TABLE, command, until_ready};
+use farshore::embedded::gateway::Outage;
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Two regions, provisioned, with a worker in each; `keys` items in both.
+async fn group(seed: u64, keys: u32) -> (Group, Worker, Worker) {
+    let group = Group::new(seed, 2).await;
+    group.provision(&[B, A]);
+    let worker = group.worker(B).await;
+    let standby = group.worker(A).await;
+    for id in 0..keys {
+        group.put(A, &format!("k{id}"), id).await;
+    }
+    group.converge(A, B, keys as usize).await;
+    // And checkpointed: what is not is among what is stranded.
+    let checkpointed = async || {
+        let rows = group.rows_of(B, "shard").await;
+        let last = rows
+            .iter()
+            .map(|row| row["checkpoint"].as_s().unwrap().clone());
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        let rows = group.rows_of(B, "shard").await;
+        let now = rows
+            .iter()
+            .map(|row| row["checkpoint"].as_s().unwrap().clone());
+        last.eq(now)
+    };
+    eventually("all is checkpointed", PATIENCE, checkpointed).await;
+    (group, worker, standby)
+}
+
+/// A falls silent, and B becomes active; its worker goes on, standing by.
+async fn cut_and_switch(group: &mut Group, more: &[&str]) -> Worker {
+    group.gateways[A].go_away(Outage::Refused).await;
+    // What the flow wrote in the two seconds before counts as written since: stream times are whole seconds.
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    let here = group.config(B, "");
+    let mut arguments = vec!["failover", "--to", LABELS[B], "--apply"];
+    arguments.extend(more);
+    let (_, _, said) = command(&here, &arguments).await;
+    let told = group.told(B).await.unwrap();
+    assert_eq!((told.0, told.1.as_str()), (2, LABELS[B]), "{said}");
+    let worker = Worker::start(&here);
+    until_ready(&worker, |body| body.contains("\"standby\":\"us-west-2\"")).await;
+    worker
+}
+
+async fn steady(group: &Group) {
+    let here = group.config(B, "");
+    if group.told(B).await.unwrap().2 != "steady" {
+        let again = ["failover", "--to", LABELS[B], "--apply"];
+        let (_, out, said) = command(&here, &again).await;
+        assert_eq!(group.told(B).await.unwrap().2, "steady", "{out}{said}");
+    }
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// Waits until the plan says that what is stranded is captured up to after now.
+async fn captured(group: &Group) {
+    let rows = group.rows_of(A, "capture").await;
+    let before = rows.first().and_then(|row| row.get("readUntil").cloned());
+    let moved = async || {
+        let rows = group.rows_of(A, "capture").await;
+        let read = rows.first().and_then(|row| row.get("readUntil").cloned());
+        read.is_some() && read != before
+    };
+    eventually("it is captured", PATIENCE, moved).await;
+}
+
+async fn plan(group: &Group, more: &[&str]) -> Value {
+    let mut arguments = vec!["failback", "--json"];
+    arguments.extend(more);
+    let (code, out, said) = command(&group.config(B, ""), &arguments).await;
+    assert_eq!(code, Some(1), "{out}{said}");
+    json(&out)
+}
+
+/// What the old region wrote and nobody got is captured, judged, applied where nobody else wrote, and the region is
+/// a replica again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stranded_writes_come_home() {
+    let (mut group, worker, standby) = group(1, 20).await;
+    worker.kill();
+    group.put(A, "free", 1).await;
+    group.put(A, "k1", 100).await;
+    delete(&group.clients[A], TABLE, "k2").await;
+    group.put(A, "k3", 100).await;
+    group.put(A, "k4", 100).await;
+    let second = cut_and_switch(&mut group, &[]).await;
+    group.put(B, "k3", 200).await;
+    delete(&group.clients[B], TABLE, "k4").await;
+    group.put(B, "k5", 200).await;
+    delete(&group.clients[B], TABLE, "k6").await;
+    group.put(B, "new", 1).await;
+    group.gateways[A].come_back().await;
+    until_ready(&standby, |body| body.contains("quarantined")).await;
+    captured(&group).await;
+    steady(&group).await;
+    // It may still be written to, and that is captured as well.
+    group.put(A, "after", 7).await;
+    captured(&group).await;
+    let reason = until_ready(&standby, |body| body.contains("is captured")).await;
+    assert!(reason.contains("farshore failback"), "{reason}");
+    let found = plan(&group, &[]).await;
+    let counts = &found["tables"][0]["counts"];
+    assert_eq!(counts["free"], 4, "{found}");
+    assert_eq!(counts["conflicting"], 2, "{found}");
+    assert_eq!(counts["unknown"], 0, "{found}");
+    assert_eq!(
+        found["tables"][0]["ledger"]["lacks"],
+        Value::Null,
+        "{found}"
+    );
+    let here = group.config(B, "");
+    // What would be dropped has to be reported somewhere.
+    let dropping = ["failback", "--conflicts", "active", "--apply"];
+    let (code, out, said) = command(&here, &dropping).await;
+    assert_eq!(code, Some(1), "{out}{said}");
+    assert!(out.contains("--report FILE"), "{out}");
+    let report = group.temp.path().join("report.jsonl");
+    let mut arguments = dropping.to_vec();
+    arguments.extend(["--report", report.to_str().unwrap()]);
+    let (code, out, said) = command(&here, &arguments).await;
+    assert_eq!(code, Some(0), "{out}{said}");
+    assert!(out.contains("us-east-1 is home"), "{out}");
+    group.converge(A, B, 20).await;
+    let value = async |id: &str| group.value(B, id).await;
+    assert_eq!(value("free").await.as_deref(), Some("1"));
+    assert_eq!(value("after").await.as_deref(), Some("7"));
+    assert_eq!(value("k1").await.as_deref(), Some("100"));
+    assert_eq!(value("k2").await, None);
+    assert_eq!(value("k3").await.as_deref(), Some("200"));
+    assert_eq!(value("k4").await, None);
+    let lines = std::fs::read_to_string(&report).unwrap();
+    let lines: Vec<Value> = lines.lines().map(json).collect();
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    for line in &lines {
+        assert_eq!(line["class"], "conflicting");
+        assert_eq!(line["fate"], "reported");
+        assert_eq!(line["stranded"]["v"]["N"], "100");
+    }
+    // From now on it is fed as any replica, and nothing is left of the way.
+    group.put(B, "last", 5).await;
+    group.converge(B, A, 20).await;
+    assert!(group.rows_of(B, "ledger").await.is_empty());
+    let (code, out, _) = command(&here, &["failback"]).await;
+    assert_eq!(code, Some(0));
+    assert!(out.contains("Nobody is away"), "{out}");
+    // And the role goes home, when a person wants it.
+    let switch = ["failover", "--to", LABELS[A], "--planned", "--apply"];
+    let (code, out, said) = command(&group.config(A, ""), &switch).await;
+    assert_eq!(code, Some(0), "{out}{said}");
+    assert_eq!(group.told(A).await.unwrap().1, LABELS[A]);
+    assert!(standby.stop().await.success());
+    assert!(second.stop().await.success());
+}
+
+/// What was applied and not checkpointed when the region was cut off is among what is stranded; deleted in the new
+/// active region since, it stays deleted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_applied_but_not_checkpointed_and_deleted_since_does_not_come_back() {
+    let mut group = Group::new(2, 2).await;
+    group.provision(&[B, A]);
+    let slow = group.config(B, "");
+    let text = std::fs::read_to_string(&slow).unwrap();
+    let text = text.replace("checkpoint_every = \"100ms\"", "checkpoint_every = \"60s\"");
+    std::fs::write(&slow, text).unwrap();
+    let worker = Worker::following(&slow).await;
+    let standby = group.worker(A).await;
+    group.put(A, "dead", 1).await;
+    group.put(A, "alive", 1).await;
+    group.converge(A, B, 2).await;
+    worker.kill();
+    let second = cut_and_switch(&mut group, &[]).await;
+    delete(&group.clients[B], TABLE, "dead").await;
+    group.gateways[A].come_back().await;
+    until_ready(&standby, |body| body.contains("quarantined")).await;
+    captured(&group).await;
+    steady(&group).await;
+    let found = plan(&group, &[]).await;
+    let counts = &found["tables"][0]["counts"];
+    assert_eq!(counts["stranded"], 2, "{found}");
+    assert_eq!(counts["equal"], 1, "{found}");
+    assert_eq!(counts["conflicting"], 1, "{found}");
+    let home = [
+        "failback",
+        "--stranded",
+        "apply",
+        "--conflicts",
+        "newest=v",
+        "--apply",
+    ];
+    let (code, out, said) = command(&group.config(B, ""), &home).await;
+    // A delete has no age: it is kept for a person.
+    assert_eq!(code, Some(1), "{out}{said}");
+    group.converge(A, B, 1).await;
+    assert_eq!(group.get(B, "dead").await, None);
+    assert_eq!(group.get(A, "dead").await, None);
+    let store = common::stand::state_rows(&group.clients[A], "farshore-g-failback").await;
+    let kept = store
+        .iter()
+        .find(|row| row["keys"].as_m().unwrap()["id"] == s("dead"));
+    assert!(kept.is_some(), "{store:?}");
+    assert!(standby.stop().await.success());
+    assert!(second.stop().await.success());
+}
