@@ -22,8 +22,10 @@
 //! otherwise nothing threatens; and an application that repeats its last write in the new region, as it
 //! should, makes a change that looks the same.
 //!
-//! *What this cannot tell*: an application that, after it has written something else, writes an item that
-//! equals a record in flight in every attribute. That is taken for late, undone and reported.
+//! *What this cannot tell*: an application that, while something may still be late and after it has written
+//! something else, writes an item that equals a record in flight in every attribute, or deletes a key of which a
+//! delete was in flight. That is taken for late, undone and reported. What is written later than anything can be
+//! late is the application's, whatever it equals.
 
 /// A record of the old region: what it made of the key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -76,6 +78,13 @@ impl<V: PartialEq + Clone> History<V> {
             Some(right) if right != after => Judged::Late(right.clone()),
             _ => Judged::Right,
         }
+    }
+
+    /// The application changed the key to `after`: whatever that equals, nothing can be late any more.
+    pub fn written(&mut self, after: &V) -> Judged<V> {
+        self.is_written = true;
+        self.right = Some(after.clone());
+        Judged::Right
     }
 
     /// Whether no change was laid on it yet.
@@ -184,6 +193,14 @@ mod tests {
         assert_eq!(key.change(&0, &1, true), Judged::Arrived);
         assert_eq!(key.change(&1, &2, true), Judged::Arrived);
         assert_eq!(key.change(&2, &1, true), Judged::Late(2));
+    }
+
+    #[test]
+    fn once_nothing_can_be_late_whatever_is_written_is_the_applications() {
+        let mut key = history(&[1, 2]);
+        assert_eq!(key.change(&1, &9, true), Judged::Right);
+        assert_eq!(key.written(&2), Judged::Right);
+        assert_eq!(key.change(&2, &1, true), Judged::Late(2), "before that");
     }
 
     #[test]

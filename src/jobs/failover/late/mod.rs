@@ -513,6 +513,8 @@ impl Failover<'_> {
             let is_first = key.history.is_new();
             let judged = match is_ours {
                 true => key.history.taken_back(&after),
+                // Stream times are cut to the second, and the clock is known to one.
+                false if created_ms > last_ms + 1_000 => key.history.written(&after),
                 false => key.history.change(&before, &after, fenced),
             };
             key.is_late = matches!(judged, Judged::Late(_));
