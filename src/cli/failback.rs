@@ -11,6 +11,7 @@ use crate::error::{Exit, Failure};
 use crate::jobs::failback::find::{Way, find};
 use crate::jobs::failback::judge::{ConflictPolicy, StrandedPolicy};
 use crate::jobs::failback::judging::Counts;
+use crate::jobs::failback::kept::kept;
 use crate::jobs::failback::report::Lines;
 use crate::jobs::failback::{Ended, Home, Policies, step};
 use crate::jobs::failover::Watcher as _;
@@ -29,7 +30,8 @@ pub(super) struct Args {
     /// `newest=ATTR` applies those whose attribute ATTR is greater, `keep` leaves them in the store
     #[arg(long, value_name = "WHAT", default_value = "keep", value_parser = conflicts)]
     conflicts: ConflictPolicy,
-    /// Writes a JSON line for each stranded write that is not applied, with both values: it holds items
+    /// Writes a JSON line for each stranded write that is not applied, with both values: it holds items. Without
+    /// --apply: for each that is not equal, with what would become of it
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Does it; without it nothing is changed
@@ -77,8 +79,17 @@ pub(super) async fn run(loaded: Loaded, args: &Args) -> Result<Exit, Failure> {
     let mut home = match find(config, &regions, args.region.as_deref(), &stop).await? {
         Way::Home(home) => *home,
         Way::None { active, epoch } => {
-            show::nobody(&loaded, &active, epoch, args)?;
-            return Ok(Exit::Done);
+            let mut report = args.report.as_deref().map(Lines::open).transpose()?;
+            let drops = args.apply && args.stranded == StrandedPolicy::Discard;
+            if drops && report.is_none() {
+                return Err(Failure::new(
+                    "What is kept would be dropped",
+                    "Nothing is dropped that is not in a report",
+                    "Say where it is to be written: --report FILE",
+                ));
+            }
+            let kept = kept(config, &regions, &mut report, drops).await?;
+            return show::nobody(&loaded, (&active, epoch), &kept, args);
         }
     };
     // Before anything else: a report that cannot be written must not be found out in the middle.

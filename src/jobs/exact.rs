@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 
 use crate::dynamo::RegionClients;
-use crate::dynamo::value::Item;
+use crate::dynamo::value::{Item, same_item};
 use crate::error::{Fault, Operation, classify};
 
 /// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
@@ -62,10 +62,10 @@ pub(in crate::jobs) async fn write(
     (region, table, keys): (&RegionClients, &str, &Item),
     seen: Option<&Item>,
     wanted: Option<&Item>,
-) -> Result<(), Fault> {
+) -> Result<Written, Fault> {
     let condition = Condition::of(keys, seen);
     let failed = Operation::Write;
-    match wanted {
+    let replaced = match wanted {
         Some(item) => region
             .tables
             .put_item()
@@ -74,9 +74,10 @@ pub(in crate::jobs) async fn write(
             .condition_expression(condition.text)
             .set_expression_attribute_names(Some(condition.names))
             .set_expression_attribute_values(condition.values)
+            .return_values(ReturnValue::AllOld)
             .send()
             .await
-            .map(|_| ())
+            .map(|answer| answer.attributes)
             .map_err(|error| classify(failed, &error)),
         None => region
             .tables
@@ -86,9 +87,31 @@ pub(in crate::jobs) async fn write(
             .condition_expression(condition.text)
             .set_expression_attribute_names(Some(condition.names))
             .set_expression_attribute_values(condition.values)
+            .return_values(ReturnValue::AllOld)
             .send()
             .await
-            .map(|_| ())
+            .map(|answer| answer.attributes)
             .map_err(|error| classify(failed, &error)),
+    };
+    let replaced = replaced?.filter(|item| !item.is_empty());
+    let was_as_seen = match (&replaced, seen) {
+        (Some(replaced), Some(seen)) => same_item(replaced, seen),
+        (None, None) => true,
+        // Servers other than AWS may not say what they replaced.
+        (None, Some(_)) => true,
+        (Some(_), None) => false,
+    };
+    match replaced {
+        Some(replaced) if !was_as_seen => Ok(Written::Over(replaced)),
+        _ => Ok(Written::AsSeen),
     }
+}
+
+/// How such a write ended.
+#[derive(Debug)]
+pub(in crate::jobs) enum Written {
+    /// It replaced what was seen.
+    AsSeen,
+    /// It replaced this: somebody had added an attribute since, which no condition can exclude.
+    Over(Item),
 }

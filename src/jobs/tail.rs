@@ -19,6 +19,10 @@ const EMPTY_PAUSE: Duration = Duration::from_millis(100);
 const FULL_PAGE: usize = 100;
 /// Between two listings: DescribeStream is paced for others, too.
 const LIST_EVERY: Duration = Duration::from_secs(2);
+/// How much a round holds before it is handed over, about: 32 MB.
+const ROUND_BYTES: usize = 32 << 20;
+/// How long children may be listed later than their parent ended.
+const CHILDREN_PATIENCE: Duration = Duration::from_secs(5);
 /// Pages of one shard in a round, so that one busy shard does not hold the others up.
 const PAGES_A_ROUND: u32 = 50;
 
@@ -33,10 +37,16 @@ fn made_ms(record: &Read) -> i64 {
     }
 }
 
+fn bytes_of(record: &Read) -> usize {
+    record.as_ref().map_or(0, |change| change.bytes)
+}
+
 struct Reading {
     reader: ShardReader,
     parent: Option<ShardId>,
     ended: bool,
+    /// When it was found to have ended.
+    ended_at: Option<Instant>,
     /// It was read beyond what is asked for: what follows, in its children as well, is none of it.
     passed: bool,
     /// The latest record that was read was made then.
@@ -61,6 +71,9 @@ pub(in crate::jobs) struct Tail {
     takes_others: bool,
     shards: BTreeMap<ShardId, Reading>,
     listed: Option<Instant>,
+    /// When the last complete listing began.
+    list_begun: Option<Instant>,
+    made: Instant,
     /// Whether a round brought anything on since this was last taken: records, or the end of a shard.
     moved: bool,
     /// Whether records were forgotten before they were read.
@@ -81,6 +94,8 @@ impl Tail {
             lost: false,
             shards: BTreeMap::new(),
             listed: None,
+            list_begun: None,
+            made: Instant::now(),
             moved: false,
         }
     }
@@ -132,20 +147,46 @@ impl Tail {
         });
         let before = self.ended.iter().map(|id| (id.clone(), None));
         let before = before.filter(|(id, _)| !followed.contains(&ShardId(id.clone())));
-        before.chain(known).collect()
+        // What is not listed yet stays where it was.
+        let unlisted = self.begin.iter().flatten();
+        let unlisted =
+            unlisted.filter(|(id, _)| !self.shards.contains_key(&ShardId((*id).clone())));
+        let unlisted = unlisted.map(|(id, position)| (id.clone(), Some(position.clone())));
+        unlisted.chain(before).chain(known).collect()
     }
 
-    /// Whether records were forgotten before they were read.
-    pub(in crate::jobs) fn has_lost(&self) -> bool {
-        self.lost
+    /// Whether records were forgotten before they were read, since this was last asked.
+    pub(in crate::jobs) fn take_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lost)
+    }
+
+    /// Whether the children of every shard that was read to its end are known, or there are none: they may be listed
+    /// later than their parent ends.
+    fn knows_children(&self) -> bool {
+        let parents: BTreeSet<&ShardId> = self
+            .shards
+            .values()
+            .filter_map(|reading| reading.parent.as_ref())
+            .collect();
+        let begun = self.list_begun;
+        let is_old = |ended: Instant| begun.is_some_and(|begun| begun > ended + CHILDREN_PATIENCE);
+        let ended = self.shards.iter();
+        let mut ended = ended.filter_map(|(id, reading)| Some((id, reading.ended_at?)));
+        let before = self.ended.iter().map(|id| ShardId(id.clone()));
+        ended.all(|(id, at)| parents.contains(id) || is_old(at))
+            && before
+                .into_iter()
+                .all(|id| parents.contains(&id) || is_old(self.made))
     }
 
     async fn list(&mut self) -> Result<(), Fault> {
         if self.listed.is_some_and(|at| at.elapsed() < LIST_EVERY) {
             return Ok(());
         }
+        let begun = Instant::now();
         let listing = self.lister.all(&self.arn, || {}).await?;
         self.listed = Some(Instant::now());
+        self.list_begun = Some(begun);
         let parents: BTreeMap<ShardId, ShardId> = listing
             .shards
             .iter()
@@ -188,9 +229,11 @@ impl Tail {
                         .take(parents.len())
                 };
                 let came_from_ours = ancestors(&shard.id).any(ours);
+                // Read again from an older place than before, as after a doubt: what came from it as well.
+                let came_from_open = ancestors(&shard.id).any(|id| begin.contains_key(&id.0));
                 match begin.get(&shard.id.0) {
-                    _ if is_ended(&shard.id) => return,
-                    Some(position) if self.takes_others => position.clone(),
+                    _ if is_ended(&shard.id) && !came_from_open => return,
+                    Some(position) if self.takes_others && !came_from_open => position.clone(),
                     _ if came_from_ours => Position::TrimHorizon,
                     Some(position) => position.clone(),
                     None if self.takes_others => {
@@ -214,6 +257,7 @@ impl Tail {
             reader: ShardReader::new(streams, &self.arn, &id, position),
             parent,
             ended: false,
+            ended_at: None,
             passed: false,
             latest_ms: i64::MIN,
             empty: 0,
@@ -252,8 +296,14 @@ impl Tail {
         self.list().await?;
         let readable = self.readable(true);
         // One that has just ended has children that are not listed yet.
-        let mut passed = !readable.is_empty();
+        let mut passed = !readable.is_empty() && self.knows_children();
+        let mut held = 0;
         for id in readable {
+            if held > ROUND_BYTES {
+                // What is held has to be put away first.
+                passed = false;
+                break;
+            }
             let Some(reading) = self.shards.get_mut(&id) else {
                 continue;
             };
@@ -280,7 +330,9 @@ impl Tail {
                 };
                 reading.ended = page.end;
                 self.moved |= page.end || !page.records.is_empty();
+                held += page.records.iter().map(bytes_of).sum::<usize>();
                 if page.end {
+                    reading.ended_at = Some(Instant::now());
                     // Its children are looked for before anything is said to be read out.
                     self.listed = None;
                 }
@@ -300,7 +352,7 @@ impl Tail {
                     // Where it is not known when, it may have been then.
                     made_ms == 0 || made_ms >= since_ms
                 }));
-                if is_empty || reading.ended {
+                if is_empty || reading.ended || held > ROUND_BYTES {
                     break;
                 }
             }

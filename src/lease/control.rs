@@ -270,7 +270,7 @@ pub fn copy_for(
     // When the epoch began is where the way home begins.
     let begun = ["begun-first", "begun"];
     copy.steps
-        .retain(|step| begun.contains(&step.step.as_str()));
+        .retain(|step| begun.contains(&step.step.as_str()) || step.step.starts_with("home:"));
     copy.actions.clear();
     copy.running = None;
     copy.closing_until = None;
@@ -353,13 +353,15 @@ pub fn successor<'a>(
     let seen: Vec<&ControlRow> = seen.into_iter().collect();
     let current = seen.iter().filter(|record| record.epoch == epoch);
     // Copies may be older than the record that says that somebody came home.
-    let returned: Vec<&String> = current
+    let came_home = |label: &String| current.clone().any(|record| record.is_home(label));
+    let back = current.clone().flat_map(|record| record.returned.clone());
+    // Who was on its way home waits again.
+    let waiting = current
         .clone()
-        .flat_map(|record| &record.returned)
-        .collect();
-    let mut quarantined: Vec<String> = current
-        .flat_map(|record| record.quarantined.clone())
-        .filter(|label| !returned.contains(&label))
+        .flat_map(|record| record.quarantined.clone());
+    let mut quarantined: Vec<String> = waiting
+        .chain(back)
+        .filter(|label| !came_home(label))
         .chain(aside.iter().cloned())
         .chain([active.to_owned()])
         .filter(|label| label != to)

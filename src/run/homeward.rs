@@ -8,8 +8,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::dynamo::clock::rfc3339;
 use crate::dynamo::{RegionClients, Regions};
-use crate::error::{Fault, Operation};
+use crate::error::{Class, Fault, Operation};
 use crate::jobs::failback::capture::Stranding;
 use crate::jobs::failback::follow::{Ending, Ground, follow};
 use crate::jobs::failback::keeper::Keeper;
@@ -183,7 +184,8 @@ impl Homeward {
     /// The quarantine is over: takes in what was written until now, however long that takes, and ends. False if
     /// `stop` came first.
     pub(super) async fn close(mut self, stop: &CancellationToken) -> bool {
-        self.ending.close(self.here.clock.now_ms());
+        // The clock is known to a second.
+        self.ending.close(self.here.clock.now_ms() + 1_000);
         while self.done.len() < self.config.tables.len() {
             tokio::select! {
                 () = stop.cancelled() => {
@@ -214,9 +216,20 @@ impl Homeward {
         let read = seen.values().filter_map(|row| row.read_until);
         match read.clone().min().filter(|_| read.count() == tables) {
             None => "what was written there since is being captured".to_owned(),
-            Some(_) => {
+            Some(ms) => {
                 let records: u64 = seen.values().map(|row| row.records).sum();
-                format!("what was written there since is captured, {records} record(s) so far")
+                let compares = seen
+                    .values()
+                    .any(|row| row.lacks.is_some() && row.compared.is_none());
+                // To the minute: it is told anew when it changes.
+                let until = rfc3339(ms - ms.rem_euclid(60_000));
+                format!(
+                    "what was written there since is captured until {until} at least, {records} record(s) so far{}",
+                    match compares {
+                        true => "; what the stream had forgotten is being looked for",
+                        false => "",
+                    }
+                )
             }
         }
     }
@@ -247,10 +260,15 @@ fn tell(health: &Health, table: &str, seen: &Seen, told: Result<&TrackRow, &Faul
                 _ => Scope::Source,
             };
             health.failed(scope, table, PART, fault);
+            // The service's message may name attributes, where it is about what was written.
+            let why = match fault.class {
+                Class::NotFound => fault.to_string(),
+                _ => fault.summary(),
+            };
             tracing::warn!(
                 table,
                 code = fault.code,
-                why = fault.summary(),
+                why,
                 "a table's own stream could not be read or kept yet; it is tried again"
             );
         }

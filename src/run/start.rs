@@ -1,7 +1,7 @@
 //! What `run` finds out before it writes anything: which region is active, whether source and
 //! replica fit together, whether there is somewhere for dead letters to go.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use aws_sdk_dynamodb::primitives::Blob;
 use aws_sdk_dynamodb::types::{AttributeValue, StreamViewType, TableDescription};
 use futures::future::join_all;
 
+use super::homeward::last_active;
 use crate::backoff::Backoff;
 use crate::config::read::Loaded;
 use crate::config::{Config, Table, TtlDeletes};
@@ -20,8 +21,8 @@ use crate::dynamo::table::{
 };
 use crate::dynamo::{RegionClients, Regions};
 use crate::error::{Class, Failure, Fault, Operation, Policy, classify};
-use crate::lease::control::{Answer, Part, Verdict, decide, part};
-use crate::lease::row::ControlRow;
+use crate::lease::control::{Answer, Part, Verdict, decide, newest, part};
+use crate::lease::row::{ControlRow, Track, TrackRow};
 use crate::lease::table::StateTable;
 use crate::stream::ShardId;
 use crate::stream::reader::{Position, ShardReader};
@@ -80,11 +81,17 @@ pub struct Standing {
     pub records: BTreeMap<String, ControlRow>,
     /// When the reading began, by [`uptime`].
     pub begun: Duration,
+    /// Regions whose quarantine has ended, and whose stranded writes are not all captured yet: nobody writes there
+    /// before.
+    pub uncaptured: BTreeSet<String>,
 }
 
 impl Standing {
     /// What `label` is for.
     pub fn part_of(&self, label: &str) -> Part {
+        if self.uncaptured.contains(label) {
+            return Part::Quarantined;
+        }
         let own = self.records.get(label);
         let current = (self.active.as_str(), self.epoch);
         part(label, current, own, self.records.values())
@@ -279,20 +286,22 @@ pub async fn find_standing(
             }
         });
     }
-    let found = |active: String, epoch: u64| {
+    let found = async |active: String, epoch: u64| {
+        let uncaptured = uncaptured(config, regions, &records, (&active, epoch)).await;
         let mut standing = Standing {
             part: Part::Active,
             active,
             epoch,
             records,
             begun,
+            uncaptured,
         };
         standing.part = standing.part_of(here);
         standing
     };
     match decide(&answers) {
-        Verdict::Decided { active, epoch } => Ok(found(active, epoch)),
-        Verdict::FromFile => Ok(found(config.active.clone(), 1)),
+        Verdict::Decided { active, epoch } => Ok(found(active, epoch).await),
+        Verdict::FromFile => Ok(found(config.active.clone(), 1).await),
         Verdict::Conflict { epoch, actives } => Err(Failure::new(
             format!(
                 "Epoch {epoch} names several active regions: {}",
@@ -310,6 +319,41 @@ pub async fn find_standing(
             "Make them reachable, or create the control record with `farshore provision --apply` where it is missing",
         )),
     }
+}
+
+/// The regions that came home in this epoch and whose stranded writes are not all captured: a worker that starts anew
+/// in between must not feed over them. What cannot be asked counts as such.
+async fn uncaptured(
+    config: &Config,
+    regions: &Regions,
+    records: &BTreeMap<String, ControlRow>,
+    (active, epoch): (&str, u64),
+) -> BTreeSet<String> {
+    let mut open = BTreeSet::new();
+    let Some(record) = newest(records.values(), active, epoch) else {
+        return open;
+    };
+    for label in record
+        .returned
+        .iter()
+        .filter(|label| !record.is_home(label))
+    {
+        let Some(region) = regions.get(label) else {
+            continue;
+        };
+        let state = StateTable::new(region.tables_within(OTHERS_TIMEOUT), config.state_table());
+        let own = records.get(label);
+        let of = last_active(label, epoch, Some(record), own).unwrap_or(0);
+        for table in &config.tables {
+            let key = TrackRow::key_of(Track::Stranded, of, &table.name);
+            let row = patiently(|| state.track(&key)).await;
+            if !matches!(row, Ok(Some(row)) if row.is_closed()) {
+                open.insert(label.clone());
+                break;
+            }
+        }
+    }
+    open
 }
 
 /// Checks that `table` can flow from `source` to `target`. Returns its primary key.

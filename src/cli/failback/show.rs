@@ -9,6 +9,7 @@ use crate::dynamo::clock::rfc3339;
 use crate::error::{Exit, Failure};
 use crate::jobs::failback::judge::{Class, ConflictPolicy, Fate, StrandedPolicy};
 use crate::jobs::failback::judging::Counts;
+use crate::jobs::failback::kept::Kept;
 use crate::jobs::failback::store::Decided;
 use crate::jobs::failback::turning::Report;
 use crate::jobs::failback::{Home, step};
@@ -81,27 +82,60 @@ fn conflicts_name(policy: &ConflictPolicy) -> String {
     }
 }
 
-/// Shows that there is nothing to do.
+/// Shows that nobody is away, and what is kept of earlier ways home.
 pub(super) fn nobody(
     loaded: &Loaded,
-    active: &str,
-    epoch: u64,
+    (active, epoch): (&str, u64),
+    kept: &Kept,
     args: &Args,
-) -> Result<(), Failure> {
+) -> Result<Exit, Failure> {
+    let remains = !kept.many.is_empty() || !kept.silent.is_empty();
+    let exit = match remains {
+        true => Exit::Remains,
+        false => Exit::Done,
+    };
     if args.json {
-        return answer_json(&json!({
+        let rows = kept
+            .many
+            .iter()
+            .map(|((region, table), many)| json!({"region": region, "table": table, "keys": many}));
+        let silent = kept.silent.iter();
+        answer_json(&json!({
             "version": 1,
             "command": "failback",
             "group": loaded.config.group,
-            "applied": false,
+            "applied": args.apply,
             "active": active,
             "epoch": epoch,
             "region": null,
-        }));
+            "kept": rows.collect::<Vec<_>>(),
+            "dropped": kept.dropped,
+            "silent": silent.map(|(region, why)| json!({"region": region, "why": why})).collect::<Vec<_>>(),
+        }))?;
+        return Ok(exit);
     }
-    answer(&format!(
+    let mut lines = vec![format!(
         "Nobody is away: {active} is active in epoch {epoch}, and no region is in quarantine or on its way home."
-    ))
+    )];
+    for ((region, table), many) in &kept.many {
+        lines.push(format!(
+            "  ! table {table}: {many} stranded write(s) of an earlier way home are kept in {} in {region}",
+            loaded.config.failback_table()
+        ));
+    }
+    for (region, why) in &kept.silent {
+        lines.push(format!(
+            "  ! {region}: what is kept there is not known: {why}"
+        ));
+    }
+    if kept.dropped > 0 {
+        lines.push(format!("  {} were reported and dropped", kept.dropped));
+    }
+    if !kept.many.is_empty() {
+        lines.push("See them with --report FILE; `farshore failback --stranded discard --report FILE --apply` reports and drops them.".to_owned());
+    }
+    answer(&lines.join("\n"))?;
+    Ok(exit)
 }
 
 fn capture_line(home: &Home<'_>, row: Option<&TrackRow>) -> String {
@@ -166,7 +200,7 @@ fn choices(counts: &Counts) -> Vec<String> {
     }
     if conflicting > 0 {
         lines.push(format!(
-            "{conflicting} conflicting: `--conflicts active` reports and drops them, `newest=ATTR` applies those whose ATTR is greater, `keep` leaves them in the store"
+            "{conflicting} conflicting: `--conflicts active` reports and drops them; `newest=ATTR` applies those whose ATTR is greater, reports and drops the rest, and leaves those without it in the store; `keep` leaves all in the store"
         ));
     }
     if unknown > 0 {
@@ -264,10 +298,12 @@ pub(super) fn plan(home: &Home<'_>, looked: &[Looked], args: &Args) -> Result<()
             .as_ref()
             .map_or_else(String::new, |why| format!("; it is not whole: {why}"));
         lines.push(format!(
-            "  table {table}: {} key(s) were written in {} since the fence{lacks}",
+            "  table {table}: {} key(s) may have been written in {} since the fence{lacks}",
             one.ledger_keys, home.active.label
         ));
-        lines.push(format!("  table {table}: {}", counts_line(&one.counts)));
+        if one.capture.is_some() {
+            lines.push(format!("  table {table}: {}", counts_line(&one.counts)));
+        }
         if one.counts.stranded > 0 {
             lines.push(format!("  table {table}: {}", fates_line(&one.counts)));
         }
@@ -281,13 +317,13 @@ pub(super) fn plan(home: &Home<'_>, looked: &[Looked], args: &Args) -> Result<()
         }
     }
     lines.push(format!("note: {NOT_STOPPED}"));
-    if let Some(failure) = refused {
-        lines.push(format!(
-            "It would be refused: {}. {}",
+    lines.push(match refused {
+        Some(failure) => format!(
+            "Nothing was changed, and it would be refused: {}. {}.",
             failure.what, failure.next
-        ));
-    }
-    lines.push(format!("Nothing was changed: `{}` does it.", command(args)));
+        ),
+        None => format!("Nothing was changed: `{}` does it.", command(args)),
+    });
     answer(&lines.join("\n"))
 }
 
@@ -298,7 +334,7 @@ pub(super) fn waits(home: &Home<'_>, failure: &Failure, args: &Args) -> Result<(
             "version": 1,
             "command": "failback",
             "group": home.config.group,
-            "applied": false,
+            "applied": home.is_done(step::TURNED),
             "active": home.active.label,
             "region": home.back.label,
             "epoch": home.record.epoch,

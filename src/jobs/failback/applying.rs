@@ -4,19 +4,20 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::judge::{Class, Fate};
-use super::judging::{Counts, Judged, Reading};
+use super::judge::{Class, Fate, Since};
+use super::judging::{Counts, Judged, Reading, is_same};
 use super::report::{Line, Lines};
 use super::store::{Decided, Stranded};
 use super::{Ended, Home, Policies, compare, step};
 use crate::apply::budget::Budget;
-use crate::backoff::Backoff;
 use crate::config::Table;
+use crate::dynamo::RegionClients;
 use crate::dynamo::transmit::{Bound, within};
-use crate::dynamo::value::{Item, same_item};
-use crate::error::{Class as FaultClass, Failure, Fault, Operation, Policy};
-use crate::jobs::exact::{unsayable, write};
+use crate::dynamo::value::Item;
+use crate::error::{Class as FaultClass, Failure, Policy};
+use crate::jobs::exact::{Written, unsayable, write};
 use crate::jobs::failover::Watcher;
+use crate::lease::doubts::until_ms;
 use crate::lease::row::print_of;
 use crate::mutation::crash;
 
@@ -25,8 +26,9 @@ const ROUNDS_MAX: u32 = 20;
 /// How often one write is tried while its failure may pass by itself.
 const ATTEMPTS_MAX: u32 = 20;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+const THROTTLED_PAUSE: Duration = Duration::from_millis(500);
+/// Keys between two readings of the ledger.
+const AT_ONCE: usize = 1_000;
 
 /// How one stranded write ended.
 enum Done {
@@ -63,7 +65,7 @@ impl Home<'_> {
             let mut waits = Vec::new();
             for table in &self.config.tables {
                 let row = self.capture(&table.name).await?;
-                if !row.is_some_and(|row| row.holds_until(until_ms)) {
+                if !row.is_some_and(|row| row.is_closed() || row.holds_until(until_ms)) {
                     waits.push(table.name.clone());
                 }
             }
@@ -136,6 +138,14 @@ impl Home<'_> {
             let (mut to_report, mut kept) = (Vec::new(), Vec::new());
             let many = judged.len();
             for (number, one) in judged.into_iter().enumerate() {
+                if one.fate == Fate::Apply {
+                    // Before the right to write is confirmed: it may take long.
+                    budget.spend(one.known.units).await;
+                }
+                if number % AT_ONCE == AT_ONCE - 1 {
+                    // A key may be written and made what it was again.
+                    self.catch_up(reading, self.active.clock.now_ms()).await?;
+                }
                 if number == 0 || confirmed.elapsed() >= lease / 10 {
                     self.confirm().await?;
                     confirmed = Instant::now();
@@ -151,7 +161,13 @@ impl Home<'_> {
                     Fate::Apply if is_last => {
                         kept.push((one, Some("the key changed all the time".to_owned())));
                     }
-                    Fate::Apply => match self.apply_one(table, &one, &budget).await? {
+                    Fate::Apply
+                        if one.class == Class::Free
+                            && reading.since(&one.known.keys) != Since::Untouched =>
+                    {
+                        anew += 1;
+                    }
+                    Fate::Apply => match self.apply_one(table, &one).await? {
                         Done::Applied => outcome.applied += 1,
                         Done::Anew => anew += 1,
                         Done::Cannot(why) => kept.push((one, Some(why))),
@@ -191,6 +207,8 @@ impl Home<'_> {
             at_ms: 0,
             writes: 0,
             decided: None,
+            sent_ms: None,
+            parts: 0,
         };
         let noted = compare::patiently(|| self.store_back.decide(&stub, decided)).await;
         noted.map(|_| ()).map_err(|fault| {
@@ -277,21 +295,25 @@ impl Home<'_> {
         })
     }
 
-    async fn apply_one(&self, table: &Table, one: &Judged, budget: &Budget) -> Result<Done, Ended> {
+    /// Writes one to the active region, where that still holds what it was compared with.
+    async fn apply_one(&self, table: &Table, one: &Judged) -> Result<Done, Ended> {
+        let late = self.config.leases.late_effect;
         let Some(stranded) = self.row(one).await? else {
             return Ok(Done::Anew);
         };
-        if stranded.sequence != one.known.sequence {
+        if stranded.sequence != one.known.sequence || stranded.decided.is_some() {
             return Ok(Done::Anew);
         }
+        // One that got no answer, or was sent by a command that died, may take effect for so long. Sent once more before
+        // that, the earlier one could come after somebody's next write, and undo it.
+        if let Some(sent_ms) = stranded.sent_ms {
+            self.outwait(until_ms(sent_ms, late)).await?;
+        }
         let name = table.name_in(&self.active.label);
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let mut sent = false;
+        let mut sent = stranded.sent_ms.is_some();
         for _ in 0..ATTEMPTS_MAX {
-            let held = self
-                .held(table, std::slice::from_ref(&stranded.keys))
-                .await?;
-            let held = held.into_iter().next().flatten();
+            let keys = std::slice::from_ref(&stranded.keys);
+            let held = self.held(table, keys).await?.into_iter().next().flatten();
             if sent && is_same(held.as_ref(), stranded.image.as_ref()) {
                 self.decide(one, Decided::Applied).await?;
                 return Ok(Done::Applied);
@@ -302,9 +324,22 @@ impl Home<'_> {
             if let Some(why) = unsayable(held.as_ref()) {
                 return Ok(Done::Cannot(why));
             }
-            budget
-                .spend(units(held.as_ref(), stranded.image.as_ref()))
-                .await;
+            let there = self.held_in(self.back, table, keys).await?;
+            if !is_same(
+                there.first().and_then(Option::as_ref),
+                stranded.image.as_ref(),
+            ) {
+                return Ok(Done::Anew);
+            }
+            let now_ms = self.active.clock.now_ms();
+            let noted = compare::patiently(|| self.store_back.note_sent(&stranded, now_ms)).await;
+            let noted = noted.map_err(|fault| {
+                let what = "What is about to be written could not be stored";
+                self.could_not(what, self.back, &fault)
+            })?;
+            if !noted {
+                return Ok(Done::Anew);
+            }
             let bound: Arc<dyn Bound> = Arc::clone(&self.term) as _;
             let timeout = bound.remaining().min(WRITE_TIMEOUT);
             if timeout.is_zero() {
@@ -315,31 +350,58 @@ impl Home<'_> {
             let writing = write(place, held.as_ref(), stranded.image.as_ref());
             let (answer, _) = within(bound, timeout, writing).await;
             crash("home-written");
-            let answer = answer.unwrap_or_else(|| {
-                Err(Fault::own(
-                    Operation::Write,
-                    FaultClass::Network,
-                    "no answer in time",
-                    "the region did not answer within the timeout or the epoch",
-                ))
-            });
             match answer {
                 // What is there now is told by the next look.
-                Ok(()) => {}
-                Err(fault) if fault.class == FaultClass::Condition => {}
-                Err(fault) if fault.policy() == Policy::DeadLetter => {
+                Some(Ok(Written::AsSeen)) => {}
+                // Somebody added an attribute in that moment: the item is theirs, and is put back.
+                Some(Ok(Written::Over(theirs))) => {
+                    self.put_back(place, stranded.image.as_ref(), &theirs)
+                        .await?;
+                    return Ok(Done::Anew);
+                }
+                Some(Err(fault)) if fault.class == FaultClass::Condition => {}
+                Some(Err(fault)) if fault.policy() == Policy::DeadLetter => {
                     return Ok(Done::Cannot(fault.summary()));
                 }
-                Err(fault) if fault.policy() == Policy::Retry => {
-                    tokio::time::sleep(backoff.pause()).await;
+                // It did nothing, and says so.
+                Some(Err(fault)) if fault.class == FaultClass::Throttled => {
+                    tokio::time::sleep(THROTTLED_PAUSE).await;
                 }
-                Err(fault) => {
+                Some(Err(fault)) if fault.policy() != Policy::Retry => {
                     let what = "A stranded write could not be applied";
                     return Err(self.could_not(what, self.active, &fault).into());
                 }
+                Some(Err(_)) | None => self.outwait(until_ms(now_ms, late)).await?,
             }
         }
         Ok(Done::Anew)
+    }
+
+    /// Makes the item what it was, where it still is what was written over it.
+    async fn put_back(
+        &self,
+        place: (&RegionClients, &str, &Item),
+        written: Option<&Item>,
+        theirs: &Item,
+    ) -> Result<(), Ended> {
+        let put = compare::patiently(|| write(place, written, Some(theirs))).await;
+        match put {
+            Ok(_) => Ok(()),
+            // They have written it since.
+            Err(fault) if fault.class == FaultClass::Condition => Ok(()),
+            Err(fault) => {
+                let what = "An item that somebody else had just changed could not be put back";
+                Err(self.could_not(what, self.active, &fault).into())
+            }
+        }
+    }
+
+    /// Waits until then, by the active region's clock.
+    async fn outwait(&self, until_ms: i64) -> Result<(), Ended> {
+        while self.active.clock.now_ms() < until_ms {
+            self.pause().await?;
+        }
+        Ok(())
     }
 
     /// Everything up to here is captured and decided; stored.
@@ -356,19 +418,4 @@ impl Home<'_> {
         );
         self.reach(step::APPLIED, &note).await
     }
-}
-
-fn is_same(one: Option<&Item>, other: Option<&Item>) -> bool {
-    match (one, other) {
-        (None, None) => true,
-        (Some(one), Some(other)) => same_item(one, other),
-        _ => false,
-    }
-}
-
-/// Write units, by the larger of both.
-fn units(held: Option<&Item>, wanted: Option<&Item>) -> u32 {
-    let bytes = |item: Option<&Item>| item.map_or(0, crate::dynamo::value::item_bytes);
-    let kilobytes = bytes(held).max(bytes(wanted)).div_ceil(1_024).max(1);
-    u32::try_from(kilobytes).unwrap_or(u32::MAX)
 }

@@ -20,7 +20,7 @@ use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation};
 use crate::lease::row::{
-    DoubtRow, GapRow, JobKind, Places, Row, ShardRow, Track, TrackRow, UNREAD_LIMIT_MS,
+    DoubtRow, GapRow, JobKind, Places, Row, ShardRow, Track, TrackRow, UNREAD_LIMIT_MS, state,
 };
 use crate::lease::table::StateTable;
 use crate::stream::reader::Position;
@@ -74,7 +74,18 @@ impl Keep for Stranding<'_> {
         let described = described.ok_or_else(|| not_there(self.name()))?;
         let stream = enabled_stream(&described).filter(|(_, view)| holds_new_images(*view));
         let arn = stream.map(|(arn, _)| arn.to_owned());
-        let rows = self.state.rows().await?;
+        let control = self.state.control().await?;
+        if control.is_some_and(|control| control.state == state::FENCING) {
+            return Err(Fault::own(
+                Operation::State,
+                Class::Condition,
+                "the fence is not complete",
+                "the positions of the fence are not final: the failover has not come to its end",
+            ));
+        }
+        // Twice: a doubt that becomes a past one between two pages may be seen in neither form by one reading.
+        let mut rows = self.state.rows().await?;
+        rows.extend(self.state.rows().await?);
         let now_ms = self.here.clock.now_ms();
         let found = Found::of(rows, self.epoch(), &self.table.name, arn.as_deref());
         let mut row = TrackRow::new(
@@ -85,6 +96,8 @@ impl Keep for Stranding<'_> {
         );
         row.set_places(&found.places);
         row.lacks = found.lacks(now_ms);
+        row.blind = !found.any;
+        row.begun = found.proven_ms.map_or(now_ms, |ms| ms.min(now_ms));
         if self.epoch.is_none() {
             let why = "nobody remembers in which epoch this region was active";
             row.lacks = Some(why.to_owned());

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::dynamo::RegionClients;
 use crate::error::Fault;
 use crate::lease::hold::{Hold, Terms};
-use crate::lease::row::{Track, TrackRow, UNREAD_LIMIT_MS};
+use crate::lease::row::{Track, TrackRow};
 use crate::lease::table::StateTable;
 use crate::mutation::crash;
 
@@ -26,8 +26,10 @@ use crate::mutation::crash;
 const IDLE_PAUSE: Duration = Duration::from_millis(500);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// Stream times are whole seconds.
-const SECOND_MS: i64 = 1_000;
+/// How much longer than a moment a stream is watched before everything that was written until then counts as read.
+pub(super) const SETTLE_MS: i64 = 1_500;
+/// Stream times are whole seconds, and the region's clock is known to one.
+const MARGIN_MS: i64 = 3_000;
 
 /// When it ends.
 #[derive(Clone)]
@@ -190,10 +192,12 @@ async fn read_on<K: Keep>(
     let mut tail = Tail::new(ground.region, row.stream_arn.clone(), kept.since_ms());
     tail.go_on_from(&row.places());
     let mut lacks = row.lacks.clone();
-    let read_until = row.read_until.unwrap_or_else(|| kept.since_ms());
-    if ground.region.clock.now_ms() - read_until > UNREAD_LIMIT_MS && read_until > 0 {
+    // What is lost anew asks for a comparison anew.
+    let mut loses = false;
+    if row.is_unread(ground.region.clock.now_ms()) {
         let why = "nobody read its stream for almost as long as it remembers";
         lacks.get_or_insert_with(|| why.to_owned());
+        loses = true;
     }
     let mut stored = Instant::now();
     let mut aim: Option<i64> = None;
@@ -207,8 +211,10 @@ async fn read_on<K: Keep>(
         }
         let closes = hold.row().closes.or(ending.closes());
         let aim_ms = *aim.get_or_insert_with(|| ground.region.clock.now_ms());
+        // Records come a moment after they were made.
+        let settled_ms = aim_ms + SETTLE_MS;
         let mut pending = VecDeque::new();
-        let round = hold.keep(tail.round(aim_ms, &mut pending));
+        let round = hold.keep(tail.round(settled_ms, &mut pending));
         let passed = tokio::select! {
             passed = round => passed,
             () = ending.stop.cancelled() => return Ok(While::Over),
@@ -226,8 +232,9 @@ async fn read_on<K: Keep>(
         if let Some(why) = hold.keep(kept.keep(new)).await? {
             lacks.get_or_insert(why);
         }
-        if tail.has_lost() {
+        if tail.take_lost() {
             lacks.get_or_insert_with(|| "its stream had forgotten records by then".to_owned());
+            loses = true;
         }
         crash("track-kept");
         let has_passed = matches!(passed, Ok(true));
@@ -239,6 +246,9 @@ async fn read_on<K: Keep>(
                 .renew(|row| {
                     row.set_places(&places);
                     row.lacks.clone_from(&lacks);
+                    if std::mem::take(&mut loses) {
+                        row.compared = None;
+                    }
                     row.closes = closes;
                     row.records += std::mem::take(&mut records);
                     if has_passed {
@@ -258,9 +268,11 @@ async fn read_on<K: Keep>(
             aim = None;
             if lacks.is_some() && hold.row().compared.is_none() {
                 let now_ms = ground.region.clock.now_ms();
-                if hold.keep(kept.compare()).await?
-                    && !hold.renew(|row| row.compared = Some(now_ms)).await?
-                {
+                let compared = tokio::select! {
+                    compared = hold.keep(kept.compare()) => compared?,
+                    () = ending.stop.cancelled() => return Ok(While::Over),
+                };
+                if compared && !hold.renew(|row| row.compared = Some(now_ms)).await? {
                     return Ok(While::Again(FIRST_PAUSE));
                 }
             }
@@ -281,7 +293,7 @@ async fn read_on<K: Keep>(
     }
 }
 
-/// From the second of `ms` on.
-pub(super) const fn second_of(ms: i64) -> i64 {
-    ms - SECOND_MS
+/// From when on, by the stream's time, a record may have been made at `ms` or later.
+pub(super) const fn since(ms: i64) -> i64 {
+    ms - MARGIN_MS
 }

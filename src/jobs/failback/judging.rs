@@ -13,16 +13,19 @@ use std::collections::{BTreeMap, VecDeque};
 use aws_sdk_dynamodb::types::AttributeValue;
 
 use super::super::tail::Tail;
+use super::follow::SETTLE_MS;
+use super::judge::Since;
 use super::judge::{Class, ConflictPolicy, Fate, classify, fate};
 use super::keeper::{key_of, load};
 use super::ledger::Ledger;
 use super::store::{Decided, Stranded};
 use super::{Ended, Home, Policies, compare};
 use crate::config::Table;
+use crate::dynamo::RegionClients;
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
 use crate::dynamo::read::{BATCH_KEYS_MAX, batch_get};
-use crate::dynamo::value::{Item, compare_numbers, same_item};
+use crate::dynamo::value::{Item, compare_numbers, item_bytes, same_item};
 use crate::error::{Class as FaultClass, Fault, Operation};
 use crate::jobs::failover::Watcher;
 use crate::lease::row::print_of;
@@ -42,6 +45,11 @@ pub struct Known {
     pub same: bool,
     /// How the attribute that tells the newer compares: the stranded one's with the active one's.
     pub ages: Option<Ordering>,
+    /// Whether the region in which it is stranded still holds it: time to live may have deleted it since, or it is
+    /// not the last write of its key after all.
+    pub is_there: bool,
+    /// Write units that it would cost.
+    pub units: u32,
 }
 
 /// A stranded write that is judged.
@@ -105,6 +113,11 @@ impl Reading {
     pub fn keys(&self) -> usize {
         self.ledger.len()
     }
+
+    /// Whether the key was written in the active region since the fence.
+    pub(super) fn since(&self, keys: &Item) -> Since {
+        self.ledger.since(Digest::of_key(&ItemKey::new(keys)))
+    }
 }
 
 impl Home<'_> {
@@ -124,7 +137,19 @@ impl Home<'_> {
             })?,
         };
         let late = self.ledger_is_late();
+        let capture = self.capture(&table.name).await?;
+        let is_blind = capture.is_some_and(|capture| capture.blind);
+        let is_unread = row
+            .as_ref()
+            .is_some_and(|row| row.is_unread(self.active.clock.now_ms()));
         let lacks = match (&row, late) {
+            _ if is_blind => Some(format!(
+                "no flow from {} into {} is known in that epoch: what is held there need not be an earlier version",
+                self.back.label, self.active.label
+            )),
+            _ if is_unread => {
+                Some("nobody read the stream for almost as long as it remembers".to_owned())
+            }
             (None, _) => Some(format!(
                 "no worker in {} kept one: start `farshore run` there before the next failover",
                 self.active.label
@@ -148,7 +173,8 @@ impl Home<'_> {
     }
 
     /// Reads the ledger on until all that was written until `until_ms` is in it.
-    async fn catch_up(&self, reading: &mut Reading, until_ms: i64) -> Result<(), Ended> {
+    pub(super) async fn catch_up(&self, reading: &mut Reading, until_ms: i64) -> Result<(), Ended> {
+        let until_ms = until_ms + SETTLE_MS;
         let Some(tail) = &mut reading.tail else {
             return Ok(());
         };
@@ -168,7 +194,7 @@ impl Home<'_> {
             let passed = passed.map_err(|fault| {
                 self.could_not("The stream could not be read", self.active, &fault)
             })?;
-            if tail.has_lost() {
+            if tail.take_lost() {
                 reading.ledger.lost();
                 let why = "its stream had forgotten records by then";
                 reading.lacks.get_or_insert_with(|| why.to_owned());
@@ -191,7 +217,17 @@ impl Home<'_> {
         table: &Table,
         keys: &[Item],
     ) -> Result<Vec<Option<Item>>, Ended> {
-        let name = table.name_in(&self.active.label);
+        self.held_in(self.active, table, keys).await
+    }
+
+    /// What `region` holds of these keys, one for each.
+    pub(super) async fn held_in(
+        &self,
+        region: &RegionClients,
+        table: &Table,
+        keys: &[Item],
+    ) -> Result<Vec<Option<Item>>, Ended> {
+        let name = table.name_in(&region.label);
         let mut found: BTreeMap<usize, Item> = BTreeMap::new();
         let places: BTreeMap<ItemKey, usize> = keys
             .iter()
@@ -200,10 +236,10 @@ impl Home<'_> {
             .collect();
         let mut left = keys.to_vec();
         while !left.is_empty() {
-            let client = (&self.active.tables, name);
+            let client = (&region.tables, name);
             let got = compare::patiently(|| read_some(client, &left)).await;
             let got = got.map_err(|fault| {
-                self.could_not("The stranded keys could not be read", self.active, &fault)
+                self.could_not("The stranded keys could not be read", region, &fault)
             })?;
             for item in got.items {
                 if let Some(place) = keys.first().map(|names| ItemKey::of(&item, names))
@@ -248,8 +284,11 @@ impl Home<'_> {
             for some in open.chunks(BATCH_KEYS_MAX) {
                 let keys: Vec<Item> = some.iter().map(|one| one.keys.clone()).collect();
                 let held = self.held(table, &keys).await?;
-                let pairs = some.iter().zip(held);
-                known.extend(pairs.map(|(one, held)| Known::of(one, held.as_ref(), policies)));
+                let there = self.held_in(self.back, table, &keys).await?;
+                let pairs = some.iter().zip(held).zip(there);
+                known.extend(pairs.map(|((one, held), there)| {
+                    Known::of(one, (held.as_ref(), there.as_ref()), policies)
+                }));
             }
             watcher.under_way(&format!(
                 "judging what is stranded in {}: {} key(s)",
@@ -267,8 +306,10 @@ impl Home<'_> {
         // Every item was read before this.
         self.catch_up(reading, self.active.clock.now_ms()).await?;
         let judged = known.into_iter().map(|known| {
-            let key = Digest::of_key(&ItemKey::new(&known.keys));
-            let since = reading.ledger.since(key);
+            let since = match known.is_there {
+                true => reading.since(&known.keys),
+                false => Since::Unknown,
+            };
             let same = known.same;
             let class = classify(Some(&()), Some(&()), since, |(), ()| same);
             let ages = known.ages;
@@ -281,12 +322,12 @@ impl Home<'_> {
 }
 
 impl Known {
-    fn of(one: &Stranded, held: Option<&Item>, policies: &Policies) -> Self {
-        let same = match (&one.image, held) {
-            (None, None) => true,
-            (Some(one), Some(held)) => same_item(one, held),
-            _ => false,
-        };
+    fn of(
+        one: &Stranded,
+        (held, there): (Option<&Item>, Option<&Item>),
+        policies: &Policies,
+    ) -> Self {
+        let same = is_same(one.image.as_ref(), held);
         let ages = match (&policies.conflicts, &one.image, held) {
             (ConflictPolicy::Newest(attribute), Some(one), Some(held)) => {
                 compared(one.get(attribute), held.get(attribute))
@@ -300,8 +341,26 @@ impl Known {
             held: print_of(held),
             same,
             ages,
+            is_there: is_same(one.image.as_ref(), there),
+            units: units(held, one.image.as_ref()),
         }
     }
+}
+
+/// Whether both are the same item, or none.
+pub(super) fn is_same(one: Option<&Item>, other: Option<&Item>) -> bool {
+    match (one, other) {
+        (None, None) => true,
+        (Some(one), Some(other)) => same_item(one, other),
+        _ => false,
+    }
+}
+
+/// Write units, by the larger of both.
+fn units(held: Option<&Item>, wanted: Option<&Item>) -> u32 {
+    let bytes = |item: Option<&Item>| item.map_or(0, item_bytes);
+    let kilobytes = bytes(held).max(bytes(wanted)).div_ceil(1_024).max(1);
+    u32::try_from(kilobytes).unwrap_or(u32::MAX)
 }
 
 /// Which of two values is greater, where both are numbers or both are strings.

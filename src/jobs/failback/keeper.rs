@@ -1,7 +1,7 @@
 //! Keeps the ledger of a table in the active region, from the fence on, while another region is away.
 
 use super::super::tail::Read;
-use super::follow::{Keep, second_of};
+use super::follow::{Keep, since};
 use super::ledger::Ledger;
 use super::store::Store;
 use crate::config::Table;
@@ -11,6 +11,7 @@ use crate::dynamo::item::ItemKey;
 use crate::dynamo::table::{describe, enabled_stream};
 use crate::error::{Class, Fault, Operation};
 use crate::lease::row::{Track, TrackRow, UNREAD_LIMIT_MS};
+use crate::stream::stream_label;
 
 /// Keys that a ledger holds at most: some 50 MB.
 pub const KEYS_MAX: usize = 1_000_000;
@@ -94,7 +95,17 @@ impl Keep for Keeper<'_> {
         })?;
         let mut row = TrackRow::new(Track::Ledger, self.epoch, &self.table.name, &arn);
         let now_ms = self.here.clock.now_ms();
+        row.begun = self.begun_ms.unwrap_or(now_ms);
+        // The label of a stream is when it was made.
+        let made_ms = humantime::parse_rfc3339_weak(&format!("{}Z", stream_label(&row.stream_arn)))
+            .ok()
+            .and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok())
+            .and_then(|since| i64::try_from(since.as_millis()).ok());
+        let is_younger = |ms: i64| made_ms.is_some_and(|made| made > ms);
         row.lacks = match self.begun_ms {
+            Some(ms) if is_younger(ms) => {
+                Some("its stream was made after this region became active".to_owned())
+            }
             None => Some("nobody remembers when this region became active".to_owned()),
             Some(ms) if now_ms - ms > UNREAD_LIMIT_MS => {
                 Some("it was begun long after this region became active".to_owned())
@@ -105,7 +116,7 @@ impl Keep for Keeper<'_> {
     }
 
     fn since_ms(&self) -> i64 {
-        self.begun_ms.map_or(0, second_of)
+        self.begun_ms.map_or(0, since)
     }
 
     async fn load(&mut self, row: &TrackRow) -> Result<(), Fault> {

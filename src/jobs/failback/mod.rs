@@ -20,6 +20,7 @@ pub mod follow;
 pub mod judge;
 pub mod judging;
 pub mod keeper;
+pub mod kept;
 pub mod ledger;
 pub mod report;
 pub mod store;

@@ -1,8 +1,8 @@
 //! What is not applied, for a person: one JSON line for each stranded write, with both values.
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -46,13 +46,31 @@ impl Lines {
     /// # Errors
     /// It cannot be written.
     pub fn open(path: &Path) -> Result<Self, Failure> {
-        let mut options = OpenOptions::new();
-        let file = options.create(true).append(true).mode(0o600).open(path);
-        let path = path.display().to_string();
-        let file = file.map_err(|error| failed(&path, &error))?;
+        let name = path.display().to_string();
+        let open = || {
+            let mut options = OpenOptions::new();
+            options.create(true).append(true).read(true).mode(0o600);
+            let mut file = options.open(path)?;
+            // One that was there already may have been readable by others.
+            file.set_permissions(Permissions::from_mode(0o600))?;
+            // A line that was cut off must not swallow the next one.
+            if file.metadata()?.len() > 0 {
+                let mut last = [0];
+                file.seek(SeekFrom::End(-1))?;
+                file.read_exact(&mut last)?;
+                if last != *b"\n" {
+                    file.write_all(b"\n")?;
+                }
+            }
+            if let Some(directory) = path.parent().filter(|parent| parent.is_dir()) {
+                File::open(directory)?.sync_all()?;
+            }
+            Ok(file)
+        };
+        let file = open().map_err(|error: std::io::Error| failed(&name, &error))?;
         Ok(Self {
             file: BufWriter::new(file),
-            path,
+            path: name,
             written: 0,
         })
     }

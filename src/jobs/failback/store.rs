@@ -83,6 +83,10 @@ pub struct Stranded {
     pub writes: u64,
     /// What was decided about it.
     pub decided: Option<Decided>,
+    /// When it was about to be written to the active region last, by that one's clock in milliseconds.
+    pub sent_ms: Option<i64>,
+    /// Parts of its image.
+    pub parts: usize,
 }
 
 /// A write to be stored.
@@ -129,6 +133,13 @@ fn unreadable(message: &str) -> Fault {
         crate::error::UNREADABLE_ROW,
         format!("a row of the failback table could not be read: {message}"),
     )
+}
+
+impl Stranded {
+    /// The table in which it is stranded, by its name in the configuration.
+    pub fn table(&self) -> &str {
+        self.row.split('#').nth(2).unwrap_or_default()
+    }
 }
 
 impl Store {
@@ -256,6 +267,19 @@ impl Store {
         Ok(Stored { rows: read, next })
     }
 
+    /// A page of what is stranded of any table and epoch, in no order.
+    ///
+    /// # Errors
+    /// The fault of the call, or a row that this version cannot read.
+    pub async fn any_page(&self, after: Option<Item>) -> Result<Stored, Fault> {
+        let (rows, next) = self.items("stranded#", after).await?;
+        let mut read = Vec::with_capacity(rows.len());
+        for item in rows {
+            read.push(self.stranded_from(item).await?);
+        }
+        Ok(Stored { rows: read, next })
+    }
+
     async fn items(
         &self,
         prefix: &str,
@@ -328,6 +352,8 @@ impl Store {
             at_ms: figure("atMs").and_then(|ms| ms.parse().ok()).unwrap_or(0),
             writes: figure("writes").and_then(|n| n.parse().ok()).unwrap_or(1),
             decided: words("decided").and_then(|text| Decided::parse(text)),
+            sent_ms: figure("sentMs").and_then(|ms| ms.parse().ok()),
+            parts: figure("parts").and_then(|n| n.parse().ok()).unwrap_or(0),
             sequence,
         })
     }
@@ -341,6 +367,31 @@ impl Store {
             packed.extend_from_slice(part.as_ref());
         }
         Ok(packed)
+    }
+
+    /// Takes note that `one` is about to be written to the active region, unless a later write of its key has come in,
+    /// or something was decided about it. Whether it was noted.
+    ///
+    /// # Errors
+    /// The fault of the call.
+    pub async fn note_sent(&self, one: &Stranded, now_ms: i64) -> Result<bool, Fault> {
+        let answer = self
+            .client
+            .update_item()
+            .table_name(&self.name)
+            .key(KEY, text(&one.row))
+            .update_expression("SET sentMs = :now")
+            .condition_expression("#sequence = :sequence AND attribute_not_exists(decided)")
+            .expression_attribute_names("#sequence", "sequence")
+            .expression_attribute_values(":now", number(now_ms))
+            .expression_attribute_values(":sequence", text(&one.sequence))
+            .send()
+            .await;
+        match answer.map_err(|error| classify(Operation::State, &error)) {
+            Ok(_) => Ok(true),
+            Err(fault) if fault.class == Class::Condition => Ok(false),
+            Err(fault) => Err(fault),
+        }
     }
 
     /// Takes note of what was decided about `one`, unless a later write of its key has come in. Whether it was noted.
@@ -387,8 +438,24 @@ impl Store {
             Err(fault) if fault.class == Class::Condition => return Ok(()),
             Err(fault) => return Err(fault),
         }
-        let prefix = one.row.replacen("stranded#", "part#", 1);
-        self.remove_all(&format!("{prefix}#")).await
+        for place in 0..one.parts.min(PARTS_MAX) {
+            self.client
+                .delete_item()
+                .table_name(&self.name)
+                .key(KEY, text(&part_key(&one.row, &one.sequence, place)))
+                .send()
+                .await
+                .map_err(|error| classify(Operation::State, &error))?;
+        }
+        Ok(())
+    }
+
+    /// Removes what is left of images of writes that were replaced by later ones: only where nothing is kept.
+    ///
+    /// # Errors
+    /// The fault of a call.
+    pub async fn remove_parts(&self, (epoch, table): (u64, &str)) -> Result<(), Fault> {
+        self.remove_all(&format!("part#{epoch}#{table}#")).await
     }
 
     /// Removes everything whose key begins with `prefix`.

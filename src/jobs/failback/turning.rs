@@ -260,9 +260,15 @@ impl Home<'_> {
             }
             after = page.next;
             if after.is_none() {
-                return Ok(kept);
+                break;
             }
         }
+        if kept == 0 {
+            compare::patiently(|| self.store_back.remove_parts(self.place(table)))
+                .await
+                .map_err(failed)?;
+        }
+        Ok(kept)
     }
 
     async fn remove_row(&self, key: &str) -> Result<(), Ended> {

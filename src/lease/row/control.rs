@@ -162,6 +162,11 @@ impl ControlRow {
         }
     }
 
+    /// Whether the region `label` came home in this epoch, and all of that is done.
+    pub fn is_home(&self, label: &str) -> bool {
+        self.has_returned(label) && self.done_ms(&format!("home:{label}")).is_some()
+    }
+
     /// When the application of the active region may have begun to write, in milliseconds; `None` where nobody
     /// remembers.
     pub fn begun_ms(&self) -> Option<i64> {

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AT_TIMESTAMP, Counted, DoubtRow, FORMAT_VERSION, SHARD_END, TRIM_HORIZON};
+use super::{
+    AT_TIMESTAMP, Counted, DoubtRow, FORMAT_VERSION, SHARD_END, TRIM_HORIZON, UNREAD_LIMIT_MS,
+};
 use crate::lease::hold::Holdable;
 use crate::stream::reader::Position;
 use crate::stream::sequence::SequenceNumber;
@@ -61,6 +63,13 @@ pub struct TrackRow {
     /// Everything that was written until then is in, by the region's clock, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read_until: Option<i64>,
+    /// From when on, by the region's clock in milliseconds, what is not read may be forgotten.
+    #[serde(default)]
+    pub begun: i64,
+    /// No flow from here into the active region is known in that epoch: what that holds need not be an earlier
+    /// version of what is here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub blind: bool,
     /// Records that were taken in, about: some may have been counted twice.
     pub records: u64,
     /// Pages of a ledger.
@@ -95,6 +104,8 @@ impl TrackRow {
             lacks: None,
             compared: None,
             read_until: None,
+            begun: 0,
+            blind: false,
             records: 0,
             pages: 0,
             keys: 0,
@@ -145,6 +156,12 @@ impl TrackRow {
     pub fn holds_until(&self, ms: i64) -> bool {
         let is_whole = self.lacks.is_none() || self.compared.is_some();
         is_whole && self.read_until.is_some_and(|until| until >= ms)
+    }
+
+    /// Whether it was not read for almost as long as a stream remembers, at `now_ms` of the region.
+    pub fn is_unread(&self, now_ms: i64) -> bool {
+        let last = self.read_until.unwrap_or(0).max(self.begun);
+        !self.is_closed() && now_ms - last > UNREAD_LIMIT_MS
     }
 
     /// Whether the quarantine has ended, and everything until then is in.

@@ -11,7 +11,7 @@ use crate::dynamo::read::batch_get;
 use crate::dynamo::transmit::{Bound, within};
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation, Policy};
-use crate::jobs::exact::{unsayable, write};
+use crate::jobs::exact::{Written, unsayable, write};
 use crate::lease::term::Term;
 
 /// How often it is tried while its failure may pass by itself.
@@ -121,14 +121,23 @@ async fn send(
     }
     let writing = write((region, table, keys), late.0.as_ref(), right.0.as_ref());
     let (answer, _) = within(bound, timeout, writing).await;
-    Ok(answer.unwrap_or_else(|| {
-        Err(Fault::own(
+    Ok(match answer {
+        Some(Ok(Written::AsSeen)) => Ok(()),
+        // Somebody added an attribute in that moment: the item is theirs, and is put back.
+        Some(Ok(Written::Over(theirs))) => {
+            let place = (region, table, keys);
+            write(place, right.0.as_ref(), Some(&theirs))
+                .await
+                .map(|_| ())
+        }
+        Some(Err(fault)) => Err(fault),
+        None => Err(Fault::own(
             Operation::Write,
             Class::Network,
             "no answer in time",
             "the region did not answer within the timeout or the epoch",
-        ))
-    }))
+        )),
+    })
 }
 
 fn epoch_unconfirmed() -> Fault {
