@@ -153,6 +153,7 @@ impl Worker {
             whereabouts: self.whereabouts,
             metrics: self.metrics,
             stage,
+            record: Arc::default(),
         };
         let exit = roles.play(self.role, &stop).await;
         serving.cancel();

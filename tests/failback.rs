@@ -16,7 +16,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Two regions, provisioned, with a worker in each; `keys` items in both.
 async fn group(seed: u64, keys: u32) -> (Group, Worker, Worker) {
-    let group = Group::new(seed, 2).await;
+    group_of(seed, keys, "1s").await
+}
+
+async fn group_of(seed: u64, keys: u32, lease: &'static str) -> (Group, Worker, Worker) {
+    let mut group = Group::new(seed, 2).await;
+    group.lease = lease;
+    group.late_effect = "2s";
     group.provision(&[B, A]);
     let worker = group.worker(B).await;
     let standby = group.worker(A).await;
@@ -216,6 +222,215 @@ async fn a_key_applied_but_not_checkpointed_and_deleted_since_does_not_come_back
         .iter()
         .find(|row| row["keys"].as_m().unwrap()["id"] == s("dead"));
     assert!(kept.is_some(), "{store:?}");
+    assert!(standby.stop().await.success());
+    assert!(second.stop().await.success());
+}
+
+/// What is written in the old region after the turn, while its worker is down, is captured before anything is fed
+/// there: the quarantine is not over because a record says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_starts_after_the_turn_captures_before_it_feeds() {
+    let (mut group, worker, standby) = group_of(3, 5, "2s").await;
+    worker.kill();
+    group.put(A, "free", 1).await;
+    let second = cut_and_switch(&mut group, &[]).await;
+    group.put(B, "k1", 200).await;
+    group.gateways[A].come_back().await;
+    until_ready(&standby, |body| body.contains("quarantined")).await;
+    captured(&group).await;
+    steady(&group).await;
+    let home = ["failback", "--apply"];
+    let here = group.config(B, "");
+    let dying = died(&here, &home, "home-turned", || {}).await;
+    assert_eq!(dying, None, "it dies after the turn");
+    // Nobody reads there any more, and the application still writes. It had no time to close the capture.
+    standby.kill();
+    group.put(A, "late", 9).await;
+    let standby = Worker::start(&group.config(A, ""));
+    let (code, out, said) = command(&here, &home).await;
+    assert_eq!(code, Some(1), "{out}{said}");
+    assert!(out.contains("1 stranded write(s) are kept"), "{out}");
+    group.converge(B, A, 5).await;
+    assert_eq!(group.value(A, "free").await.as_deref(), Some("1"));
+    // A person looks at what is kept, and drops it.
+    let (code, out, _) = command(&here, &["failback"]).await;
+    assert_eq!(code, Some(1), "{out}");
+    assert!(
+        out.contains("1 stranded write(s) of an earlier way home"),
+        "{out}"
+    );
+    let report = group.temp.path().join("kept.jsonl");
+    let report = report.to_str().unwrap();
+    let drops = ["failback", "--stranded", "discard", "--apply"];
+    let (code, _, said) = command(&here, &drops).await;
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("--report FILE"), "{said}");
+    let mut drops = drops.to_vec();
+    drops.extend(["--report", report]);
+    let (code, out, said) = command(&here, &drops).await;
+    assert_eq!(code, Some(0), "{out}{said}");
+    let line = json(std::fs::read_to_string(report).unwrap().trim());
+    assert_eq!(line["stranded"]["v"]["N"], "9");
+    assert_eq!(line["key"]["id"]["S"], "late");
+    assert!(standby.stop().await.success());
+    assert!(second.stop().await.success());
+}
+
+/// Runs the command until it dies at `step`; its exit code otherwise.
+async fn died(
+    config: &std::path::Path,
+    arguments: &[&str],
+    step: &str,
+    mut tend: impl FnMut(),
+) -> Option<i32> {
+    let mut all = arguments.to_vec();
+    all.extend(["--config", config.to_str().unwrap()]);
+    let mut typed = common::binary::farshore(&all);
+    typed.env("FARSHORE_TEST_CRASH", step);
+    let said = std::fs::File::create(config.with_extension("said")).unwrap();
+    typed.stdout(said.try_clone().unwrap()).stderr(said);
+    let mut child = common::binary::spawn(typed).unwrap();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        tend();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// What the stream had forgotten is found by comparing both tables, and the plan says so; items that time to live
+/// deleted are not stranded.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_stream_had_forgotten_is_found_by_comparing_both_tables() {
+    let (mut group, worker, standby) = group(4, 6).await;
+    let ttl = aws_sdk_dynamodb::types::TimeToLiveSpecification::builder();
+    let ttl = ttl.enabled(true).attribute_name("expires").build().unwrap();
+    let on = group.clients[A].update_time_to_live().table_name(TABLE);
+    on.time_to_live_specification(ttl).send().await.unwrap();
+    let put = group.clients[A].put_item().table_name(TABLE);
+    let put = put.item("id", s("expired")).item("v", common::stand::n(1));
+    let put = put.item("expires", common::stand::n(1_000));
+    put.send().await.unwrap();
+    group.converge(A, B, 7).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    worker.kill();
+    assert_eq!(group.gateways[A].sweep_ttl().unwrap(), 1);
+    group.put(A, "forgotten", 1).await;
+    group.put(A, "k1", 100).await;
+    group.put(A, "k2", 100).await;
+    delete(&group.clients[A], TABLE, "k3").await;
+    let second = cut_and_switch(&mut group, &["--accept-loss", "late-writes"]).await;
+    group.put(B, "k2", 200).await;
+    group.gateways[A].trim(TABLE);
+    group.gateways[A].come_back().await;
+    until_ready(&standby, |body| body.contains("quarantined")).await;
+    let compared = async || {
+        let rows = group.rows_of(A, "capture").await;
+        rows.first().is_some_and(|row| row.contains_key("compared"))
+    };
+    eventually("both are compared", PATIENCE, compared).await;
+    captured(&group).await;
+    let again = [
+        "failover",
+        "--to",
+        LABELS[B],
+        "--apply",
+        "--accept-loss",
+        "late-writes",
+    ];
+    command(&group.config(B, ""), &again).await;
+    let (_, out, _) = command(&group.config(B, ""), &["failback"]).await;
+    assert!(out.contains("had forgotten records"), "{out}");
+    assert!(out.contains("compared from end to end"), "{out}");
+    let found = plan(&group, &[]).await;
+    let counts = &found["tables"][0]["counts"];
+    assert_eq!(counts["free"], 3, "{found}");
+    assert_eq!(counts["conflicting"], 1, "{found}");
+    let home = ["failback", "--conflicts", "keep", "--apply"];
+    let (code, out, said) = command(&group.config(B, ""), &home).await;
+    assert_eq!(code, Some(1), "{out}{said}");
+    group.converge(B, A, 6).await;
+    assert_eq!(group.value(B, "forgotten").await.as_deref(), Some("1"));
+    assert_eq!(group.value(B, "k1").await.as_deref(), Some("100"));
+    assert_eq!(group.value(B, "k2").await.as_deref(), Some("200"));
+    assert_eq!(group.get(B, "k3").await, None);
+    assert!(standby.stop().await.success());
+    assert!(second.stop().await.success());
+}
+
+/// The new active region is lost in the middle of the way home: the old one takes over with what it holds, and what
+/// the other one wrote is stranded there. Nothing of which nobody can say is applied by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_outage_in_the_middle_of_the_way_home_loses_nothing() {
+    let (mut group, worker, standby) = group(5, 5).await;
+    worker.kill();
+    group.put(A, "free", 1).await;
+    group.put(A, "k1", 100).await;
+    let second = cut_and_switch(&mut group, &[]).await;
+    group.put(B, "k1", 200).await;
+    group.put(B, "new", 1).await;
+    group.gateways[A].come_back().await;
+    until_ready(&standby, |body| body.contains("quarantined")).await;
+    captured(&group).await;
+    steady(&group).await;
+    let here = group.config(B, "");
+    let dying = died(&here, &["failback", "--apply"], "home-decided", || {}).await;
+    assert_eq!(dying, None);
+    assert_eq!(group.value(B, "free").await.as_deref(), Some("1"));
+    // Before the turn, the other way round.
+    group.gateways[B].go_away(Outage::Refused).await;
+    let there = group.config(A, "");
+    let (_, out, _) = command(&there, &["failover", "--to", LABELS[A]]).await;
+    let losses = out.lines().filter_map(|line| {
+        let (name, _) = line.strip_prefix("  ! ")?.split_once(": ")?;
+        Some(name.to_owned())
+    });
+    let losses: Vec<String> = losses.collect();
+    let mut switch = vec!["failover", "--to", LABELS[A], "--apply"];
+    for loss in &losses {
+        switch.extend(["--accept-loss", loss]);
+    }
+    switch.extend(["--accept-loss", "late-writes"]);
+    let (_, out, said) = command(&there, &switch).await;
+    assert_eq!(group.told(A).await.unwrap().0, 3, "{out}{said}");
+    until_ready(&standby, |body| body.contains("\"standby\":\"us-east-1\"")).await;
+    group.put(A, "third", 3).await;
+    group.gateways[B].come_back().await;
+    until_ready(&second, |body| body.contains("quarantined")).await;
+    let compared = async || {
+        let rows = group.rows_of(B, "capture").await;
+        rows.iter().any(|row| row.contains_key("compared"))
+    };
+    eventually("both are compared", PATIENCE, compared).await;
+    if group.told(A).await.unwrap().2 != "steady" {
+        command(&there, &switch).await;
+    }
+    let home = [
+        "failback",
+        "--stranded",
+        "apply",
+        "--conflicts",
+        "newest=v",
+        "--apply",
+    ];
+    let report = group.temp.path().join("second.jsonl");
+    let mut home = home.to_vec();
+    home.extend(["--report", report.to_str().unwrap()]);
+    let (code, out, said) = command(&there, &home).await;
+    assert_eq!(code, Some(1), "{out}{said}");
+    group.converge(A, B, 5).await;
+    // What the second region wrote stands in the store and in the report, and replaces nothing here.
+    assert_eq!(group.value(A, "k1").await.as_deref(), Some("100"));
+    assert_eq!(group.value(A, "third").await.as_deref(), Some("3"));
+    let lines = std::fs::read_to_string(&report).unwrap();
+    let told = |id: &str| {
+        lines
+            .lines()
+            .map(json)
+            .any(|line| line["key"]["id"]["S"] == id)
+    };
+    assert!(told("k1") && told("new"), "{lines}");
     assert!(standby.stop().await.success());
     assert!(second.stop().await.success());
 }

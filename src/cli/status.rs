@@ -245,7 +245,11 @@ fn highest(
             let newest = newest(seen, &active, epoch).cloned();
             let quarantined = own.as_ref().is_some_and(|own| own.state == state::QUARANTINED);
             // What is read here says more of here than any other.
-            if own.as_ref().is_none_or(|own| own.epoch < epoch) || !quarantined {
+            let returned = newest
+                .as_ref()
+                .is_some_and(|newest| newest.has_returned(&loaded.here));
+            let is_old = own.as_ref().is_none_or(|own| own.epoch < epoch);
+            if is_old || returned || !quarantined {
                 rows.control = newest.or(own);
             }
             None

@@ -250,7 +250,9 @@ pub fn copy_for(
         let stays = match part {
             Part::Quarantined => own.state == state::QUARANTINED,
             // It came home: a copy that says that it waits would bring the quarantine back.
-            _ => own.state != state::QUARANTINED || !record.has_returned(here),
+            _ if own.state == state::QUARANTINED => !record.has_returned(here),
+            // That it is home is worth knowing there, too.
+            _ => own.is_home(here) || !record.is_home(here),
         };
         // Another failover's record of the same epoch, or the copy that tells of both: overwritten, it
         // would be a conflict that nobody sees.

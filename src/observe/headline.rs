@@ -264,7 +264,13 @@ fn moving(view: &View) -> Option<Headline> {
 fn quiet(view: &View) -> Option<Headline> {
     if view.flow.is_none() {
         let text = "standby: this region is active".to_owned();
-        return Some(say(Level::Ok, "standby", text, None));
+        return Some(match view.home.first() {
+            None => say(Level::Ok, "standby", text, None),
+            Some(home) => {
+                let text = format!("{text}; {}", home.text);
+                say(Level::Warn, "region-away", text, Some(&home.next))
+            }
+        });
     }
     let waiting = view.dead_letters.waiting.filter(|waiting| *waiting > 0)?;
     let text =

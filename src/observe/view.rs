@@ -5,8 +5,11 @@
 //! recovery point that means infinitely old, unless it says otherwise.
 
 pub mod build;
+mod home;
 pub mod merge;
 pub mod reasons;
+
+pub(crate) use home::homeward;
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +48,9 @@ pub struct View {
     pub headroom_seconds: Option<f64>,
     /// The regions of the configuration.
     pub regions: Vec<Region>,
+    /// Regions that were active and are no whole replicas yet.
+    #[serde(default)]
+    pub home: Vec<Homeward>,
     /// Which way the data flows; absent where nothing is fed from here.
     pub flow: Option<Flow>,
     /// The tables of the configuration.
@@ -505,6 +511,26 @@ pub struct Point {
     pub proven_seconds: Option<f64>,
     /// The estimated one.
     pub estimated_seconds: Option<f64>,
+}
+
+/// A region on its way home.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Homeward {
+    /// Its label.
+    pub region: String,
+    /// `quarantined`, `judged`, `turned` or `equal`.
+    pub stage: String,
+    /// When the last step was done, RFC 3339; absent where none is.
+    pub since: Option<String>,
+    /// Up to when what is stranded there is captured, RFC 3339; seen from that region alone.
+    pub captured_until: Option<String>,
+    /// Records that were captured, about; seen from that region alone.
+    pub captured_records: Option<u64>,
+    /// One sentence.
+    pub text: String,
+    /// What to do.
+    pub next: String,
 }
 
 #[cfg(test)]

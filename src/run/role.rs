@@ -10,7 +10,7 @@
 //!            └ nobody can say, or records contradict each other: told, and asked again
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -27,6 +27,7 @@ use crate::dynamo::Regions;
 use crate::dynamo::clock::uptime;
 use crate::error::{Exit, Failure};
 use crate::lease::control::{Flow, Heed, Part, Verdict, heed, newest, part, verdict};
+use crate::lease::row::ControlRow;
 use crate::observe::board::Board;
 use crate::observe::health::{Health, Idle};
 use crate::observe::metrics;
@@ -45,6 +46,8 @@ pub(super) struct Roles {
     pub(super) whereabouts: Whereabouts,
     pub(super) metrics: Option<PrometheusHandle>,
     pub(super) stage: Stage,
+    /// The record that counts, as last seen: for who looks.
+    pub(super) record: Arc<Mutex<Option<ControlRow>>>,
 }
 
 /// What an idle worker waits in.
@@ -148,8 +151,12 @@ impl Roles {
         let tables = self.loaded.config.tables.iter();
         metrics::feeds_no_more(tables.map(|table| table.name.as_str()));
         self.board.begin_role();
-        self.stage
-            .put(Arc::new(Standby::new(&self.loaded, active, &self.health)));
+        self.stage.put(Arc::new(Standby::new(
+            &self.loaded,
+            active,
+            &self.health,
+            Arc::clone(&self.record),
+        )));
     }
 
     fn tell(&self, waiting: &Waiting) {
@@ -213,6 +220,7 @@ impl Roles {
                 kept = Some(Instant::now());
                 self.keep_quarantine(records).await;
             }
+            self.note_record(waiting, records);
             homeward = self.look_homeward(waiting, records, homeward).await;
             if let Some(homeward) = &homeward
                 && waiting.part == Part::Quarantined
@@ -255,6 +263,14 @@ impl Roles {
         }
     }
 
+    /// Keeps the record that counts for who looks.
+    fn note_record(&self, waiting: &Waiting, records: &Records) {
+        let seen = records.seen();
+        let newest = newest(&seen, &waiting.active, waiting.epoch).cloned();
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        *record = newest;
+    }
+
     /// Whether the quarantine has ended, in its epoch.
     fn has_returned(&self, waiting: &Waiting, records: &Records) -> bool {
         let seen = records.seen();
@@ -289,7 +305,7 @@ impl Roles {
         match (homeward, aim) {
             (Some(mut homeward), Some(aim)) if *homeward.aim() == aim => {
                 homeward.tend();
-                return Some(homeward);
+                Some(homeward)
             }
             (Some(homeward), aim) => {
                 homeward.stop().await;

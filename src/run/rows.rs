@@ -10,7 +10,7 @@ use crate::dynamo::clock::{host_ms, uptime};
 use crate::lease::gaps::Ground;
 use crate::lease::row::{
     ControlRow, DoubtRow, GapReason, GapRow, Mending, PauseRow, Progress, ReconcileRow, Row,
-    SegmentRow, ShardRow, StreamRow, WorkerRow, audited, comparisons,
+    SegmentRow, ShardRow, StreamRow, TrackRow, WorkerRow, audited, comparisons,
 };
 use crate::lease::rules::Observer;
 use crate::lease::table::StateTable;
@@ -53,6 +53,8 @@ pub struct Snapshot {
     pub read_now: HashSet<String>,
     /// Gaps that are open.
     pub gaps: Vec<GapRow>,
+    /// How far streams of a region that is not fed are read.
+    pub tracks: Vec<TrackRow>,
     /// Comparisons.
     pub plans: Vec<ReconcileRow>,
     /// Their segments.
@@ -86,9 +88,8 @@ impl Snapshot {
                 | Row::Ttl(_)
                 | Row::Undo(_)
                 | Row::PastDoubt(_)
-                | Row::Capture(_)
-                | Row::Ledger(_)
                 | Row::Other(_) => {}
+                Row::Capture(row) | Row::Ledger(row) => snapshot.tracks.push(row),
             }
         }
         snapshot.holds = Holds::of(&snapshot.doubts, &snapshot.gaps);
@@ -107,6 +108,7 @@ impl Snapshot {
             pauses: &self.pauses,
             plans: &self.plans,
             segments: &self.segments,
+            tracks: &self.tracks,
         }
     }
 

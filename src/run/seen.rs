@@ -1,21 +1,24 @@
 //! What this worker shows of itself and its group.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::context::Shared;
 use super::proven::heard;
 use crate::config::Config;
 use crate::config::read::Loaded;
 use crate::dynamo::clock::{host_ms, rfc3339};
+use crate::lease::row::ControlRow;
 use crate::observe::events;
+use crate::observe::headline::headline;
 use crate::observe::health::{Health, OpenOutage, Scope};
 use crate::observe::history::rounded;
 use crate::observe::metrics;
 use crate::observe::recovery::{Live, of_group};
 use crate::observe::server::Show;
 use crate::observe::view::build::{Asked, Facts, Rows, Seen, TableFacts, build};
+use crate::observe::view::homeward;
 use crate::observe::view::{Answering, Outage, View};
 
 /// A worker that feeds.
@@ -167,6 +170,8 @@ pub struct Standby {
     here: String,
     active: Option<String>,
     health: Arc<Health>,
+    /// The record that counts, as last seen.
+    record: Arc<Mutex<Option<ControlRow>>>,
     /// This process start, and when that was.
     id: String,
     since: String,
@@ -174,8 +179,14 @@ pub struct Standby {
 
 impl Standby {
     /// Shows a worker that does not feed from now on; `active` is the active region, where that is known.
-    pub fn new(loaded: &Loaded, active: Option<&str>, health: &Arc<Health>) -> Self {
+    pub fn new(
+        loaded: &Loaded,
+        active: Option<&str>,
+        health: &Arc<Health>,
+        record: Arc<Mutex<Option<ControlRow>>>,
+    ) -> Self {
         Self {
+            record,
             config: loaded.config.clone(),
             here: loaded.here.clone(),
             active: active.map(str::to_owned),
@@ -189,7 +200,13 @@ impl Standby {
 impl Show for Standby {
     fn view(&self) -> View {
         let (clock, clock_of) = heard(None, None);
-        build(Seen {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        let record = record.clone();
+        let active = self.active.as_deref();
+        let of_role = record
+            .as_ref()
+            .filter(|record| Some(record.active.as_str()) == active);
+        let mut view = build(Seen {
             config: &self.config,
             here: &self.here,
             active: self.active.as_deref(),
@@ -206,7 +223,10 @@ impl Show for Standby {
                 events: events::recent(),
                 ..Facts::default()
             },
-        })
+        });
+        view.home = homeward(&self.here, of_role, &[]);
+        view.headline = headline(&view);
+        view
     }
 
     fn before_metrics(&self) {}

@@ -33,6 +33,15 @@ pub(super) fn as_text(loaded: &Loaded, view: &View) -> String {
         let text = region.text.as_deref().unwrap_or("it does not answer");
         lines.push(format!("region {}: {text}", region.label));
     }
+    for home in &view.home {
+        let captured = match (&home.captured_until, home.captured_records) {
+            (Some(until), Some(records)) => {
+                format!("; captured until {until}, {records} record(s)")
+            }
+            _ => String::new(),
+        };
+        lines.push(format!("way home: {}{captured}. {}.", home.text, home.next));
+    }
     for pause in view.pauses.iter().filter(|pause| pause.table.is_none()) {
         lines.push(paused("ALL TABLES PAUSED", pause));
     }

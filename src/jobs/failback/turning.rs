@@ -9,6 +9,7 @@ use crate::dynamo::table::{describe, enabled_stream, holds_new_images};
 use crate::error::{Class, Failure};
 use crate::jobs::failover::Watcher;
 use crate::jobs::failover::survey::tables_seen;
+use crate::lease::control::{Part, copy_for};
 use crate::lease::row::{JobKind, Row, Track, TrackRow, comparisons};
 use crate::mutation::crash;
 use crate::run::proven::heard;
@@ -83,7 +84,20 @@ impl Home<'_> {
         done.kept = self.tidy(watcher).await?;
         let kept: u64 = done.kept.iter().map(|(_, many)| many).sum();
         self.reach(step::HOME, &format!("{kept} kept")).await?;
+        self.tell_home().await;
         Ok(done)
+    }
+
+    /// Makes the state table of the region say that it is home: good to know, and no more than that.
+    async fn tell_home(&self) {
+        let Ok(own) = self.state_back.control().await else {
+            return;
+        };
+        let label = &self.back.label;
+        if let Some(copy) = copy_for(label, Part::Fed, &self.record, own.as_ref()) {
+            // Somebody else may write it at the same moment.
+            let _ = self.state_back.replace_control(&copy, own.as_ref()).await;
+        }
     }
 
     /// How many records were captured, of all tables.

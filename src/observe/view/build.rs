@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::home::homeward;
 use super::{
     Answering, ClockOf, Closed, Copying, DeadLetters, Doubts, Event, Flow, Gap, Headline, History,
     Job, Level, Outage, Pause, RecoveryPoint, Refused, Region, RegionRole, RegionState, Shard,
@@ -14,7 +15,7 @@ use crate::lease::control::{Part, part};
 use crate::lease::orphans::readable;
 use crate::lease::row::{
     ControlRow, DoubtRow, GapReason, GapRow, JobKind, Mending, PauseRow, Progress, ReconcileRow,
-    SegmentRow, ShardRow, StreamRow, WorkerRow, audited, comparisons,
+    SegmentRow, ShardRow, StreamRow, TrackRow, WorkerRow, audited, comparisons,
 };
 use crate::lease::rules::worker_of;
 use crate::observe::board::RETENTION_MS;
@@ -51,6 +52,8 @@ pub struct Rows<'a> {
     pub plans: &'a [ReconcileRow],
     /// Their segments.
     pub segments: &'a [SegmentRow],
+    /// How far streams of a region that is not fed are read.
+    pub tracks: &'a [TrackRow],
 }
 
 /// A region that was asked something.
@@ -204,6 +207,7 @@ impl<'a> Builder<'a> {
             recovery_point: shown(group),
             headroom_seconds: least(tables.iter().map(|table| table.headroom_seconds)),
             regions: self.regions(),
+            home: homeward(seen.here, seen.rows.control, seen.rows.tracks),
             flow: self.feeds.then(|| Flow {
                 source: self.source.clone(),
                 target: seen.here.to_owned(),

@@ -115,6 +115,7 @@ impl State {
                 pauses: &self.pauses,
                 plans: &[],
                 segments: &[],
+                tracks: &[],
             },
             live: &Live::new(),
             facts: Facts::default(),

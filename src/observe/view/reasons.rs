@@ -25,7 +25,14 @@ impl Builder<'_> {
                 here: self.seen.here.to_owned(),
                 active: self.source.clone(),
                 epoch: self.epoch,
-                captured: String::new(),
+                captured: view
+                    .home
+                    .iter()
+                    .find(|home| home.region == self.seen.here)
+                    .and_then(|home| home.captured_until.as_ref().zip(home.captured_records))
+                    .map_or_else(String::new, |(until, records)| {
+                        format!("what was written there since is captured until {until}, {records} record(s)")
+                    }),
             };
             let reason = idle.reason();
             say(&reason.code, "", reason.text, &reason.next);
