@@ -97,7 +97,7 @@ async fn a_replica_is_made_like_its_source() {
     assert_eq!(applied.status.code(), Some(0), "{}", stderr(&applied));
     let answer: serde_json::Value = serde_json::from_slice(&applied.stdout).unwrap();
     assert_eq!(answer["version"], 1);
-    assert_eq!(answer["done"].as_array().unwrap().len(), 4);
+    assert_eq!(answer["done"].as_array().unwrap().len(), 6);
     let describe = async |client: &aws_sdk_dynamodb::Client| {
         client
             .describe_table()
@@ -191,7 +191,7 @@ async fn stopped_half_way_it_says_what_exists_now() {
         out.contains("✗ not done: write the control record"),
         "{out}"
     );
-    assert!(out.contains("1 of 4"), "{out}");
+    assert!(out.contains("1 of 6"), "{out}");
     assert!(
         err.contains("Provisioning stopped") && err.contains("AccessDeniedException"),
         "{err}"
@@ -204,7 +204,7 @@ async fn stopped_half_way_it_says_what_exists_now() {
     let done = run(&["provision", "--apply", "--config", path]);
     assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
     assert!(
-        stdout(&done).contains("Done: 3 created"),
+        stdout(&done).contains("Done: 5 created"),
         "{}",
         stdout(&done)
     );
