@@ -80,8 +80,8 @@ fn only_letters_of_this_flow_are_brought_home() {
             "the form",
         ),
         (|l| l.group = "h".to_owned(), "group h"),
-        (|l| l.epoch = 2, "failback plan"),
-        (|l| l.epoch = 4, "failback plan"),
+        (|l| l.epoch = 2, "its flow is over"),
+        (|l| l.epoch = 4, "its flow is over"),
         (
             |l| std::mem::swap(&mut l.source, &mut l.target),
             "from west to east",

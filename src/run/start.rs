@@ -116,7 +116,7 @@ pub fn quarantined(label: &str, active: &str, epoch: u64) -> Failure {
         format!(
             "It was active before {active} became so in epoch {epoch}, and may hold writes that never left it"
         ),
-        "Leave it as it is until those are captured; docs/RUNBOOK.md says how",
+        "Bring it home with `farshore failback`, which says what those are; docs/RUNBOOK.md says how",
     )
 }
 

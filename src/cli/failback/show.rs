@@ -365,7 +365,7 @@ pub(super) fn done(home: &Home<'_>, report: &Report, args: &Args) -> Result<Exit
                 json!({
                     "table": table,
                     "applied": one.applied,
-                    "equal": one.counts.fate(Fate::Nothing),
+                    "equal": one.equal,
                     "reported": one.reported,
                     "kept": one.kept,
                     "refused": one.refused,
@@ -394,10 +394,7 @@ pub(super) fn done(home: &Home<'_>, report: &Report, args: &Args) -> Result<Exit
     for (table, one) in &report.outcomes {
         lines.push(format!(
             "  table {table}: {} equal, {} applied, {} reported, {} kept",
-            one.counts.fate(Fate::Nothing),
-            one.applied,
-            one.reported,
-            one.kept
+            one.equal, one.applied, one.reported, one.kept
         ));
         for why in &one.refused {
             lines.push(format!("    some were kept: {why}"));

@@ -33,7 +33,8 @@ pub(super) fn as_text(loaded: &Loaded, view: &View) -> String {
         let text = region.text.as_deref().unwrap_or("it does not answer");
         lines.push(format!("region {}: {text}", region.label));
     }
-    for home in &view.home {
+    let is_told = |text: &str| view.headline.text.contains(text);
+    for home in view.home.iter().filter(|home| !is_told(&home.text)) {
         let captured = match (&home.captured_until, home.captured_records) {
             (Some(until), Some(records)) => {
                 format!("; captured until {until}, {records} record(s)")

@@ -44,6 +44,12 @@ enum Done {
 pub struct Outcome {
     /// As it was judged last, with what had been decided before.
     pub counts: Counts,
+    /// Found equal by this command.
+    pub equal: u64,
+    /// Applied before this command.
+    pub applied_before: u64,
+    /// Reported before this command.
+    pub reported_before: u64,
     /// Applied to the active region by this command.
     pub applied: u64,
     /// Reported, and not to be kept.
@@ -130,6 +136,10 @@ impl Home<'_> {
                     "Say where it is to be written: --report FILE",
                 )));
             }
+            if round == 1 {
+                outcome.applied_before = counts.decided(Decided::Applied);
+                outcome.reported_before = counts.decided(Decided::Reported);
+            }
             outcome.counts = counts;
             let is_last = round >= ROUNDS_MAX;
             let mut anew = 0;
@@ -155,7 +165,10 @@ impl Home<'_> {
                     ));
                 }
                 match one.fate {
-                    Fate::Nothing => self.decide(&one, Decided::Equal).await?,
+                    Fate::Nothing => {
+                        self.decide(&one, Decided::Equal).await?;
+                        outcome.equal += 1;
+                    }
                     Fate::Report => to_report.push(one),
                     Fate::Keep => kept.push((one, None)),
                     Fate::Apply if is_last => {
@@ -412,8 +425,8 @@ impl Home<'_> {
         let sum = |of: fn(&Outcome) -> u64| outcomes.iter().map(|(_, one)| of(one)).sum::<u64>();
         let note = format!(
             "{} applied, {} reported, {} kept",
-            sum(|one| one.applied + one.counts.decided(Decided::Applied)),
-            sum(|one| one.reported + one.counts.decided(Decided::Reported)),
+            sum(|one| one.applied + one.applied_before),
+            sum(|one| one.reported + one.reported_before),
             sum(|one| one.kept)
         );
         self.reach(step::APPLIED, &note).await

@@ -22,8 +22,10 @@ use crate::lease::row::{Track, TrackRow};
 use crate::lease::table::StateTable;
 use crate::mutation::crash;
 
+/// After a moment up to which everything is read, before the next one is aimed at.
+const IDLE_PAUSE: Duration = Duration::from_secs(1);
 /// Between two rounds that brought nothing.
-const IDLE_PAUSE: Duration = Duration::from_millis(500);
+const EMPTY_PAUSE: Duration = Duration::from_millis(250);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How much longer than a moment a stream is watched before everything that was written until then counts as read.
@@ -285,9 +287,14 @@ async fn read_on<K: Keep>(
         // What did not pass in this round is told, and read on with.
         passed?;
         if many == 0 {
+            // Between two moments that are aimed at there is time.
+            let pause = match has_passed {
+                true => IDLE_PAUSE.min(lease / 4),
+                false => EMPTY_PAUSE,
+            };
             tokio::select! {
                 () = ending.stop.cancelled() => return Ok(While::Over),
-                () = tokio::time::sleep(IDLE_PAUSE.min(lease / 4)) => {}
+                () = tokio::time::sleep(pause) => {}
             }
         }
     }

@@ -1,7 +1,6 @@
 //! The flow turns round: the quarantine ends, the region that comes home is fed, made equal, and is a replica again.
 
 use super::applying::Outcome;
-use super::judge::Fate;
 use super::report::Lines;
 use super::{Ended, Home, Policies, compare, step};
 use crate::config::OnGap;
@@ -321,8 +320,6 @@ fn merge(known: &mut Vec<(String, Outcome)>, new: Vec<(String, Outcome)>) {
         known.refused.extend(new.refused);
         known.refused.sort();
         known.refused.dedup();
-        for fate in [Fate::Nothing, Fate::Apply, Fate::Report] {
-            *known.counts.fates.entry(fate).or_default() += new.counts.fate(fate);
-        }
+        known.equal += new.equal;
     }
 }

@@ -51,7 +51,7 @@ impl Flow<'_> {
         }
         if letter.epoch != self.epoch {
             return stays(format!(
-                "it is of epoch {}, and this is epoch {}: it belongs to the failback plan",
+                "it is of epoch {}, and this is epoch {}: its flow is over, and the item is not repaired from another one: see docs/DEAD_LETTERS.md",
                 letter.epoch, self.epoch
             ));
         }
