@@ -28,6 +28,10 @@ pub enum Mutation {
     Quarantine,
     /// Nobody looks for writes of an old epoch that take effect late.
     Late,
+    /// Every key counts as one that the active region has not written since the fence.
+    Ledger,
+    /// A region that came home is fed before what is stranded there is captured.
+    Capture,
 }
 
 impl Mutation {
@@ -44,6 +48,8 @@ impl Mutation {
             Mutation::Term => "term",
             Mutation::Quarantine => "quarantine",
             Mutation::Late => "late",
+            Mutation::Ledger => "ledger",
+            Mutation::Capture => "capture",
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::error::{Class, Failure, Fault, Operation, Policy, classify};
 use crate::lease::control::{Answer, Part, Verdict, decide, newest, part};
 use crate::lease::row::{ControlRow, Track, TrackRow};
 use crate::lease::table::StateTable;
+use crate::mutation::{self, Mutation};
 use crate::stream::ShardId;
 use crate::stream::reader::{Position, ShardReader};
 
@@ -330,6 +331,9 @@ async fn uncaptured(
     (active, epoch): (&str, u64),
 ) -> BTreeSet<String> {
     let mut open = BTreeSet::new();
+    if mutation::is_off(Mutation::Capture) {
+        return open;
+    }
     let Some(record) = newest(records.values(), active, epoch) else {
         return open;
     };

@@ -29,6 +29,7 @@ use crate::dynamo::value::{Item, compare_numbers, item_bytes, same_item};
 use crate::error::{Class as FaultClass, Fault, Operation};
 use crate::jobs::failover::Watcher;
 use crate::lease::row::print_of;
+use crate::mutation::{self, Mutation};
 
 /// What is known of a stranded write without its image.
 #[derive(Debug, Clone)]
@@ -116,6 +117,9 @@ impl Reading {
 
     /// Whether the key was written in the active region since the fence.
     pub(super) fn since(&self, keys: &Item) -> Since {
+        if mutation::is_off(Mutation::Ledger) {
+            return Since::Untouched;
+        }
         self.ledger.since(Digest::of_key(&ItemKey::new(keys)))
     }
 }
