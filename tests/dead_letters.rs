@@ -284,7 +284,7 @@ async fn letters_that_are_not_this_flows_stay_with_a_clear_word() {
     let told = stdout(&output);
     for word in [
         "3 letter(s) of",
-        "failback plan",
+        "its flow is over",
         "version 9, and this Farshore reads up to 1: upgrade",
         "the group another",
     ] {

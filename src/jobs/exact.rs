@@ -1,15 +1,21 @@
 //! Writes an item where the key still holds exactly what it was seen to hold.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 
+use crate::backoff::Backoff;
 use crate::dynamo::RegionClients;
 use crate::dynamo::value::{Item, same_item};
-use crate::error::{Fault, Operation, classify};
+use crate::error::{Class, Fault, Operation, Policy, classify};
 
 /// An expression has at most 4 KB, and an attribute takes some 20 bytes of it.
 const ATTRIBUTES_MAX: usize = 150;
+/// How often an item is put back while that fails in a way that may pass by itself.
+const ATTEMPTS_MAX: u32 = 60;
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why no condition can say that a key still holds `item`, where none can.
 pub(in crate::jobs) fn unsayable(item: Option<&Item>) -> Option<String> {
@@ -104,6 +110,34 @@ pub(in crate::jobs) async fn write(
     match replaced {
         Some(replaced) if !was_as_seen => Ok(Written::Over(replaced)),
         _ => Ok(Written::AsSeen),
+    }
+}
+
+/// Puts `theirs` back, which was replaced by `ours` in the moment in which somebody changed it, and whatever is replaced
+/// by that in its turn, until nothing is or somebody has written the key since.
+///
+/// # Errors
+/// The fault of the last call, once it was tried for a while.
+pub(in crate::jobs) async fn put_back(
+    place: (&RegionClients, &str, &Item),
+    ours: Option<&Item>,
+    theirs: Item,
+) -> Result<(), Fault> {
+    let (mut ours, mut theirs) = (ours.cloned(), theirs);
+    let mut attempts = 0;
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        attempts += 1;
+        match write(place, ours.as_ref(), Some(&theirs)).await {
+            Ok(Written::AsSeen) => return Ok(()),
+            Ok(Written::Over(newer)) => ours = Some(std::mem::replace(&mut theirs, newer)),
+            // They have written it since; or this has taken effect without an answer.
+            Err(fault) if fault.class == Class::Condition => return Ok(()),
+            Err(fault) if fault.policy() == Policy::Retry && attempts < ATTEMPTS_MAX => {
+                tokio::time::sleep(backoff.pause()).await;
+            }
+            Err(fault) => return Err(fault),
+        }
     }
 }
 

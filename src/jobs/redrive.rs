@@ -54,6 +54,8 @@ use crate::repair::{KeepExpired, Repaired, Repairer, Unfinished};
 use crate::run::start::Feed;
 
 /// How long one batch of letters may take before it is hidden anew.
+/// How far the clocks of two commands may be apart, in milliseconds.
+const CLOCKS_MS: i64 = 2_000;
 const WORK: Duration = Duration::from_secs(60);
 /// Between the last write for a letter and its showing again, beyond a late effect.
 const MARGIN: Duration = Duration::from_secs(5);
@@ -187,7 +189,8 @@ impl<'a> Redrive<'a> {
             parked: HashMap::new(),
             seen: HashSet::new(),
             again: HashSet::new(),
-            begun: rfc3339(host_ms()),
+            // Letters tell times of a clock that is known to a second, by whomever.
+            begun: rfc3339(host_ms() + CLOCKS_MS),
             taken: 0,
             beyond: 0,
         }

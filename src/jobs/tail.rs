@@ -146,7 +146,11 @@ impl Tail {
             }
         });
         let before = self.ended.iter().map(|id| (id.clone(), None));
-        let before = before.filter(|(id, _)| !followed.contains(&ShardId(id.clone())));
+        // One that is read again speaks for itself.
+        let before = before.filter(|(id, _)| {
+            let id = ShardId(id.clone());
+            !followed.contains(&id) && !self.shards.contains_key(&id)
+        });
         // What is not listed yet stays where it was.
         let unlisted = self.begin.iter().flatten();
         let unlisted =
@@ -158,6 +162,13 @@ impl Tail {
     /// Whether records were forgotten before they were read, since this was last asked.
     pub(in crate::jobs) fn take_lost(&mut self) -> bool {
         std::mem::take(&mut self.lost)
+    }
+
+    /// Whether the stream is over: every shard was read to its end, and none has children. It was turned off.
+    pub(in crate::jobs) fn has_ended(&self) -> bool {
+        let all_ended = self.shards.values().all(|reading| reading.ended);
+        let any = !self.shards.is_empty() || !self.ended.is_empty();
+        any && all_ended && self.list_begun.is_some() && self.knows_children()
     }
 
     /// Whether the children of every shard that was read to its end are known, or there are none: they may be listed

@@ -31,6 +31,8 @@ pub(super) enum Aim {
         epoch: Option<u64>,
         /// Label of the active region.
         active: String,
+        /// The epoch of now.
+        now: u64,
     },
     /// What this region writes in that epoch, which began then.
     Ledger {
@@ -124,7 +126,7 @@ impl Homeward {
             };
             let tell = |told: Result<&TrackRow, &Fault>| tell(&health, &name, &seen, told);
             match (aim, active) {
-                (Aim::Capture { epoch, .. }, Some(active)) => {
+                (Aim::Capture { epoch, now, .. }, Some(active)) => {
                     let mut kept = Stranding {
                         config: &config,
                         table,
@@ -133,6 +135,7 @@ impl Homeward {
                         state: StateTable::new(active.tables.clone(), config.state_table()),
                         store,
                         epoch,
+                        now,
                     };
                     let place = (epoch.unwrap_or(0), name.as_str());
                     follow(&ground, place, &mut kept, &ending, tell).await;
@@ -179,6 +182,11 @@ impl Homeward {
         self.ending.stop.cancel();
         while self.tasks.join_next().await.is_some() {}
         self.forget();
+    }
+
+    /// Ends it, whoever waits for it.
+    pub(super) fn ending(&self) -> CancellationToken {
+        self.ending.stop.clone()
     }
 
     /// The quarantine is over: takes in what was written until now, however long that takes, and ends. False if

@@ -251,7 +251,7 @@ impl Roles {
                 return match homeward {
                     // Nothing is fed here before everything until now is captured.
                     Some(homeward) if self.has_returned(waiting, records) => {
-                        homeward.close(stop).await
+                        self.close(homeward, waiting, records, stop).await
                     }
                     Some(homeward) => {
                         homeward.stop().await;
@@ -260,6 +260,43 @@ impl Roles {
                     None => true,
                 };
             }
+        }
+    }
+
+    /// Waits until everything until now is captured; another epoch ends that. False once asked to stop.
+    async fn close(
+        &self,
+        homeward: Homeward,
+        waiting: &Waiting,
+        records: &Arc<Records>,
+        stop: &CancellationToken,
+    ) -> bool {
+        let ending = homeward.ending();
+        let closing = homeward.close(stop);
+        tokio::pin!(closing);
+        loop {
+            tokio::select! {
+                closed = &mut closing => return closed,
+                () = tokio::time::sleep(records.others_every()) => {}
+            }
+            let begun = uptime();
+            let read = records.read_own_if_any().await;
+            records.tell(begun, &read, (&waiting.active, waiting.epoch), &self.health);
+            records.read_others().await;
+            if !self.is_epoch(waiting, records) {
+                ending.cancel();
+            }
+        }
+    }
+
+    /// Whether the epoch is still the one that is waited in.
+    fn is_epoch(&self, waiting: &Waiting, records: &Records) -> bool {
+        match verdict(&records.seen()) {
+            Verdict::Decided { active, epoch } => {
+                (epoch, active.as_str()) == (waiting.epoch, waiting.active.as_str())
+            }
+            Verdict::Conflict { .. } => false,
+            Verdict::FromFile | Verdict::Unknown => true,
         }
     }
 
@@ -276,6 +313,7 @@ impl Roles {
         let seen = records.seen();
         let record = newest(&seen, &waiting.active, waiting.epoch);
         waiting.part == Part::Quarantined
+            && self.is_epoch(waiting, records)
             && record.is_some_and(|record| record.has_returned(&self.loaded.here))
     }
 
@@ -295,6 +333,7 @@ impl Roles {
                 Some(Aim::Capture {
                     epoch: last_active(here, waiting.epoch, newest, own.as_ref()),
                     active: waiting.active.clone(),
+                    now: waiting.epoch,
                 })
             }
             Part::Active => own

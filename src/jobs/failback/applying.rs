@@ -11,11 +11,9 @@ use super::store::{Decided, Stranded};
 use super::{Ended, Home, Policies, compare, step};
 use crate::apply::budget::Budget;
 use crate::config::Table;
-use crate::dynamo::RegionClients;
 use crate::dynamo::transmit::{Bound, within};
-use crate::dynamo::value::Item;
 use crate::error::{Class as FaultClass, Failure, Policy};
-use crate::jobs::exact::{Written, unsayable, write};
+use crate::jobs::exact::{Written, put_back, unsayable, write};
 use crate::jobs::failover::Watcher;
 use crate::lease::doubts::until_ms;
 use crate::lease::row::print_of;
@@ -222,6 +220,7 @@ impl Home<'_> {
             decided: None,
             sent_ms: None,
             parts: 0,
+            parts_of: String::new(),
         };
         let noted = compare::patiently(|| self.store_back.decide(&stub, decided)).await;
         noted.map(|_| ()).map_err(|fault| {
@@ -308,8 +307,9 @@ impl Home<'_> {
         })
     }
 
-    /// Writes one to the active region, where that still holds what it was compared with.
-    async fn apply_one(&self, table: &Table, one: &Judged) -> Result<Done, Ended> {
+    /// Writes one to the active region, where that still holds what it was compared with. Once: whatever is not known to
+    /// be done, or to have done nothing, is judged anew, beside a ledger that has what took effect in it.
+    async fn apply_one(&mut self, table: &Table, one: &Judged) -> Result<Done, Ended> {
         let late = self.config.leases.late_effect;
         let Some(stranded) = self.row(one).await? else {
             return Ok(Done::Anew);
@@ -319,18 +319,16 @@ impl Home<'_> {
         }
         // One that got no answer, or was sent by a command that died, may take effect for so long. Sent once more before
         // that, the earlier one could come after somebody's next write, and undo it.
-        if let Some(sent_ms) = stranded.sent_ms {
+        if let Some(sent_ms) = stranded.sent_ms
+            && one.known.read_ms <= until_ms(sent_ms, late)
+        {
             self.outwait(until_ms(sent_ms, late)).await?;
+            return Ok(Done::Anew);
         }
         let name = table.name_in(&self.active.label);
-        let mut sent = stranded.sent_ms.is_some();
+        let keys = std::slice::from_ref(&stranded.keys);
         for _ in 0..ATTEMPTS_MAX {
-            let keys = std::slice::from_ref(&stranded.keys);
             let held = self.held(table, keys).await?.into_iter().next().flatten();
-            if sent && is_same(held.as_ref(), stranded.image.as_ref()) {
-                self.decide(one, Decided::Applied).await?;
-                return Ok(Done::Applied);
-            }
             if print_of(held.as_ref()) != one.known.held {
                 return Ok(Done::Anew);
             }
@@ -344,6 +342,10 @@ impl Home<'_> {
             ) {
                 return Ok(Done::Anew);
             }
+            let bound: Arc<dyn Bound> = Arc::clone(&self.term) as _;
+            if bound.remaining() < self.config.leases.duration / 2 {
+                self.confirm().await?;
+            }
             let now_ms = self.active.clock.now_ms();
             let noted = compare::patiently(|| self.store_back.note_sent(&stranded, now_ms)).await;
             let noted = noted.map_err(|fault| {
@@ -353,26 +355,29 @@ impl Home<'_> {
             if !noted {
                 return Ok(Done::Anew);
             }
-            let bound: Arc<dyn Bound> = Arc::clone(&self.term) as _;
             let timeout = bound.remaining().min(WRITE_TIMEOUT);
-            if timeout.is_zero() {
-                return Ok(Done::Anew);
-            }
-            sent = true;
             let place = (self.active, name, &stranded.keys);
             let writing = write(place, held.as_ref(), stranded.image.as_ref());
             let (answer, _) = within(bound, timeout, writing).await;
             crash("home-written");
             match answer {
-                // What is there now is told by the next look.
-                Some(Ok(Written::AsSeen)) => {}
+                Some(Ok(Written::AsSeen)) => {
+                    self.decide(one, Decided::Applied).await?;
+                    return Ok(Done::Applied);
+                }
                 // Somebody added an attribute in that moment: the item is theirs, and is put back.
                 Some(Ok(Written::Over(theirs))) => {
-                    self.put_back(place, stranded.image.as_ref(), &theirs)
-                        .await?;
+                    let put = put_back(place, stranded.image.as_ref(), theirs).await;
+                    put.map_err(|fault| {
+                        let what =
+                            "An item that somebody else had just changed could not be put back";
+                        self.could_not(what, self.active, &fault)
+                    })?;
                     return Ok(Done::Anew);
                 }
-                Some(Err(fault)) if fault.class == FaultClass::Condition => {}
+                Some(Err(fault)) if fault.class == FaultClass::Condition => {
+                    return Ok(Done::Anew);
+                }
                 Some(Err(fault)) if fault.policy() == Policy::DeadLetter => {
                     return Ok(Done::Cannot(fault.summary()));
                 }
@@ -384,37 +389,22 @@ impl Home<'_> {
                     let what = "A stranded write could not be applied";
                     return Err(self.could_not(what, self.active, &fault).into());
                 }
-                Some(Err(_)) | None => self.outwait(until_ms(now_ms, late)).await?,
+                Some(Err(_)) | None => {
+                    self.outwait(until_ms(now_ms, late)).await?;
+                    return Ok(Done::Anew);
+                }
             }
         }
         Ok(Done::Anew)
     }
 
-    /// Makes the item what it was, where it still is what was written over it.
-    async fn put_back(
-        &self,
-        place: (&RegionClients, &str, &Item),
-        written: Option<&Item>,
-        theirs: &Item,
-    ) -> Result<(), Ended> {
-        let put = compare::patiently(|| write(place, written, Some(theirs))).await;
-        match put {
-            Ok(_) => Ok(()),
-            // They have written it since.
-            Err(fault) if fault.class == FaultClass::Condition => Ok(()),
-            Err(fault) => {
-                let what = "An item that somebody else had just changed could not be put back";
-                Err(self.could_not(what, self.active, &fault).into())
-            }
-        }
-    }
-
-    /// Waits until then, by the active region's clock.
-    async fn outwait(&self, until_ms: i64) -> Result<(), Ended> {
-        while self.active.clock.now_ms() < until_ms {
+    /// Waits until then, by the active region's clock, and goes on confirming the right to write.
+    async fn outwait(&mut self, until_ms: i64) -> Result<(), Ended> {
+        while self.active.clock.now_ms() <= until_ms {
+            self.confirm().await?;
             self.pause().await?;
         }
-        Ok(())
+        self.confirm().await
     }
 
     /// Everything up to here is captured and decided; stored.

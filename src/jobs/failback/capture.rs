@@ -45,6 +45,8 @@ pub struct Stranding<'a> {
     pub store: Store,
     /// The last epoch in which `here` was active; `None` where nobody remembers.
     pub epoch: Option<u64>,
+    /// The epoch of now.
+    pub now: u64,
 }
 
 /// The last write of a key among those of a round.
@@ -175,11 +177,10 @@ impl Keep for Stranding<'_> {
                 let write = Write {
                     keys: &one.keys,
                     image: one.image.as_ref(),
-                    sequence: Some(&one.sequence),
                     at_ms: one.at_ms,
                     writes: one.writes,
                 };
-                store.put(place, &write).await
+                store.put(place, &write, &one.sequence).await
             })
             .buffer_unordered(ROWS_AT_ONCE)
             .try_collect::<()>()
@@ -187,7 +188,32 @@ impl Keep for Stranding<'_> {
         Ok(lacks)
     }
 
-    fn note(&self, _row: &mut TrackRow) {}
+    fn note(&self, row: &mut TrackRow) {
+        if row.closes.is_some() {
+            row.closed_in.get_or_insert(self.now);
+        }
+    }
+
+    fn reopened(&self, row: &TrackRow) -> Option<TrackRow> {
+        let is_over = row.closed_in.is_some_and(|epoch| epoch < self.now);
+        is_over.then(|| {
+            // It was fed since: what it holds is no later version of what the active region holds.
+            let mut row = row.clone();
+            (row.closes, row.closed_in, row.compared, row.read_until) = (None, None, None, None);
+            row.begun = self.here.clock.now_ms();
+            row.lacks = Some("it was on its way home, and is in quarantine once more".to_owned());
+            row.blind = true;
+            row.lease_counter += 1;
+            row
+        })
+    }
+
+    async fn stream(&self) -> Result<Option<String>, Fault> {
+        let described = describe(&self.here.tables, self.name()).await?;
+        let described = described.ok_or_else(|| not_there(self.name()))?;
+        let stream = enabled_stream(&described).filter(|(_, view)| holds_new_images(*view));
+        Ok(stream.map(|(arn, _)| arn.to_owned()))
+    }
 
     async fn compare(&mut self) -> Result<bool, Fault> {
         compare(self).await.map(|()| true)

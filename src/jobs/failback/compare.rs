@@ -86,12 +86,11 @@ async fn put(stranding: &Stranding<'_>, keys: &Item, image: Option<&Item>) -> Re
     let write = Write {
         keys,
         image,
-        sequence: None,
         at_ms: stranding.here.clock.now_ms(),
         writes: 1,
     };
     let place = (stranding.epoch.unwrap_or(0), stranding.table.name.as_str());
-    stranding.store.put(place, &write).await
+    stranding.store.put_found(place, &write).await
 }
 
 fn has_expired(item: &Item, ttl: Option<&str>, now_s: i64) -> bool {

@@ -96,6 +96,14 @@ pub trait Keep {
     /// Changes what else the row says.
     fn note(&self, row: &mut TrackRow);
 
+    /// The row with which it begins once more, where it was closed for another epoch.
+    fn reopened(&self, _row: &TrackRow) -> Option<TrackRow> {
+        None
+    }
+
+    /// The table's stream of now, where it has one.
+    fn stream(&self) -> impl Future<Output = Result<Option<String>, Fault>> + Send;
+
     /// Finds what the stream cannot tell any more. False where that is not of this kind.
     fn compare(&mut self) -> impl Future<Output = Result<bool, Fault>> + Send;
 }
@@ -155,6 +163,11 @@ async fn a_while<K: Keep>(
             return Ok(While::Again(Duration::ZERO));
         }
     };
+    if let Some(again) = kept.reopened(&row) {
+        // Refused: somebody else was faster.
+        ground.state.replace(&again, row.lease_counter).await?;
+        return Ok(While::Again(Duration::ZERO));
+    }
     if row.is_closed() {
         tell(Ok(&row));
         return Ok(While::Over);
@@ -233,6 +246,7 @@ async fn read_on<K: Keep>(
         records += many;
         if let Some(why) = hold.keep(kept.keep(new)).await? {
             lacks.get_or_insert(why);
+            loses = true;
         }
         if tail.take_lost() {
             lacks.get_or_insert_with(|| "its stream had forgotten records by then".to_owned());
@@ -286,6 +300,27 @@ async fn read_on<K: Keep>(
         }
         // What did not pass in this round is told, and read on with.
         passed?;
+        if tail.has_ended()
+            && let Some(arn) = kept.stream().await?
+            && arn != row.stream_arn
+        {
+            let renewed = hold
+                .renew(|row| {
+                    row.stream_arn = arn;
+                    row.places.clear();
+                    row.compared = None;
+                    let why = "its stream was made anew";
+                    row.lacks.get_or_insert_with(|| why.to_owned());
+                })
+                .await?;
+            tracing::warn!(
+                table = row.table,
+                renewed,
+                "the stream of a table was made anew"
+            );
+            hold.give_back().await;
+            return Ok(While::Again(FIRST_PAUSE));
+        }
         if many == 0 {
             // Between two moments that are aimed at there is time.
             let pause = match has_passed {

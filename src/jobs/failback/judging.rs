@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use aws_sdk_dynamodb::types::AttributeValue;
 
 use super::super::tail::Tail;
-use super::follow::SETTLE_MS;
+use super::follow::{SETTLE_MS, since};
 use super::judge::Since;
 use super::judge::{Class, ConflictPolicy, Fate, classify, fate};
 use super::keeper::{key_of, load};
@@ -49,6 +49,10 @@ pub struct Known {
     /// Whether the region in which it is stranded still holds it: time to live may have deleted it since, or it is
     /// not the last write of its key after all.
     pub is_there: bool,
+    /// Whether that region holds nothing under the key.
+    pub is_gone: bool,
+    /// When that was read, by the active region's clock in milliseconds.
+    pub read_ms: i64,
     /// Write units that it would cost.
     pub units: u32,
 }
@@ -164,8 +168,11 @@ impl Home<'_> {
         if lacks.is_some() {
             ledger.lost();
         }
+        // What lacks something already need not be read on: what it holds is changed, and all else is unknown.
+        let row = row.filter(|_| lacks.is_none());
+        let since_ms = self.record.begun_ms().map_or(0, since);
         let tail = row.map(|row| {
-            let mut tail = Tail::new(self.active, row.stream_arn.clone(), 0);
+            let mut tail = Tail::new(self.active, row.stream_arn.clone(), since_ms);
             tail.go_on_from(&row.places());
             tail
         });
@@ -194,6 +201,17 @@ impl Home<'_> {
                     Some(key) => reading.ledger.note(key),
                     None => reading.ledger.lost(),
                 }
+            }
+            let is_over = match &passed {
+                Err(fault) => fault.class == FaultClass::NotFound,
+                Ok(passed) => !passed && tail.has_ended(),
+            };
+            if is_over {
+                reading.ledger.lost();
+                let why = "its stream was turned off, or made anew";
+                reading.lacks.get_or_insert_with(|| why.to_owned());
+                reading.tail = None;
+                return Ok(());
             }
             let passed = passed.map_err(|fault| {
                 self.could_not("The stream could not be read", self.active, &fault)
@@ -287,11 +305,13 @@ impl Home<'_> {
             }
             for some in open.chunks(BATCH_KEYS_MAX) {
                 let keys: Vec<Item> = some.iter().map(|one| one.keys.clone()).collect();
+                let read_ms = self.active.clock.now_ms();
                 let held = self.held(table, &keys).await?;
                 let there = self.held_in(self.back, table, &keys).await?;
                 let pairs = some.iter().zip(held).zip(there);
                 known.extend(pairs.map(|((one, held), there)| {
-                    Known::of(one, (held.as_ref(), there.as_ref()), policies)
+                    let both = (held.as_ref(), there.as_ref());
+                    Known::of(one, both, policies, read_ms)
                 }));
             }
             watcher.under_way(&format!(
@@ -314,7 +334,8 @@ impl Home<'_> {
                 true => reading.since(&known.keys),
                 false => Since::Unknown,
             };
-            let same = known.same;
+            // Something newer may be there that no stream tells any more: that is not the same.
+            let same = known.same && (known.is_there || known.is_gone);
             let class = classify(Some(&()), Some(&()), since, |(), ()| same);
             let ages = known.ages;
             let fate = fate(class, policies.stranded, &policies.conflicts, |_| ages);
@@ -330,6 +351,7 @@ impl Known {
         one: &Stranded,
         (held, there): (Option<&Item>, Option<&Item>),
         policies: &Policies,
+        read_ms: i64,
     ) -> Self {
         let same = is_same(one.image.as_ref(), held);
         let ages = match (&policies.conflicts, &one.image, held) {
@@ -346,6 +368,8 @@ impl Known {
             same,
             ages,
             is_there: is_same(one.image.as_ref(), there),
+            is_gone: there.is_none(),
+            read_ms,
             units: units(held, one.image.as_ref()),
         }
     }

@@ -156,6 +156,13 @@ impl Keep for Keeper<'_> {
         row.keys = self.ledger.len() as u64;
     }
 
+    async fn stream(&self) -> Result<Option<String>, Fault> {
+        let name = self.table.name_in(&self.here.label);
+        let described = describe(&self.here.tables, name).await?;
+        let stream = described.as_ref().and_then(enabled_stream);
+        Ok(stream.map(|(arn, _)| arn.to_owned()))
+    }
+
     async fn compare(&mut self) -> Result<bool, Fault> {
         Ok(false)
     }

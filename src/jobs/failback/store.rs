@@ -11,7 +11,6 @@
 //! rows more would forbid. *Why not the table itself*, which holds the stranded items: its application may
 //! still write, time to live may delete, and the way home writes over it.
 
-use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
 
 use aws_sdk_dynamodb::Client;
@@ -21,6 +20,7 @@ use flate2::Compression;
 use flate2::read::DeflateDecoder;
 use flate2::write::DeflateEncoder;
 
+use super::judging::is_same;
 use super::ledger::Page;
 use crate::dynamo::digest::Digest;
 use crate::dynamo::item::ItemKey;
@@ -38,6 +38,8 @@ const IMAGE_BYTES_MAX: u64 = 16 << 20;
 /// Digits of the longest sequence number.
 const SEQUENCE_DIGITS: usize = 40;
 const PARTS_MAX: usize = 64;
+/// How often what a comparison has found is stored while somebody else stores the same key.
+const FOUND_ATTEMPTS: u32 = 20;
 
 /// What was decided about a stranded write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,6 +89,8 @@ pub struct Stranded {
     pub sent_ms: Option<i64>,
     /// Parts of its image.
     pub parts: usize,
+    /// What their keys are made of.
+    pub parts_of: String,
 }
 
 /// A write to be stored.
@@ -95,8 +99,6 @@ pub struct Write<'a> {
     pub keys: &'a Item,
     /// What it left.
     pub image: Option<&'a Item>,
-    /// Its position; `None` where it was found by comparing.
-    pub sequence: Option<&'a SequenceNumber>,
     /// When it was made, in milliseconds.
     pub at_ms: i64,
     /// How many writes of the key it stands for.
@@ -177,75 +179,127 @@ impl Store {
         format!("{}{digest}", stranded(epoch, table))
     }
 
-    /// Takes a stranded write in, unless a later one of its key is there. What was decided about an earlier one says
-    /// nothing of it. One without a position never replaces any.
+    /// Takes a stranded write in that the stream told, unless a later one of its key is there. What was decided about an
+    /// earlier one says nothing of it.
     ///
     /// # Errors
     /// The fault of the call.
-    pub async fn put(&self, (epoch, table): (u64, &str), write: &Write<'_>) -> Result<(), Fault> {
+    pub async fn put(
+        &self,
+        (epoch, table): (u64, &str),
+        write: &Write<'_>,
+        sequence: &SequenceNumber,
+    ) -> Result<(), Fault> {
         let row = Self::row_of(epoch, table, write.keys);
-        let digits = write.sequence.map_or(String::new(), |sequence| {
-            format!("{:0>SEQUENCE_DIGITS$}", sequence.as_str())
-        });
+        let digits = format!("{:0>SEQUENCE_DIGITS$}", sequence.as_str());
+        let condition = "attribute_not_exists(#item) OR #sequence < :sequence";
+        let sequence = (digits.as_str(), &digits);
+        self.store(&row, write, sequence, condition)
+            .await
+            .map(|_| ())
+    }
+
+    /// Takes in what the region holds of a key that differs in the active one, as a comparison has found it. Where the
+    /// stream told of a write of the key, this is what has become of it since: its position stays, so that what the
+    /// stream tells later counts, and nothing that it told before does.
+    ///
+    /// # Errors
+    /// The fault of the call.
+    pub async fn put_found(
+        &self,
+        (epoch, table): (u64, &str),
+        write: &Write<'_>,
+    ) -> Result<(), Fault> {
+        let row = Self::row_of(epoch, table, write.keys);
+        // Somebody who takes in what the stream tells may be faster.
+        for _ in 0..FOUND_ATTEMPTS {
+            let known = self.get(&row).await?;
+            let nonce: u64 = rand::random();
+            let Some(known) = known else {
+                let parts_of = format!("found-{nonce:016x}");
+                let condition = "attribute_not_exists(#item)";
+                if self.store(&row, write, ("", &parts_of), condition).await? {
+                    return Ok(());
+                }
+                continue;
+            };
+            if is_same(known.image.as_ref(), write.image) {
+                return Ok(());
+            }
+            let parts_of = format!("{}-found-{nonce:016x}", known.sequence);
+            let condition = "#sequence = :sequence";
+            let sequence = (known.sequence.as_str(), &parts_of);
+            if self.store(&row, write, sequence, condition).await? {
+                return Ok(());
+            }
+        }
+        Err(Fault::own(
+            Operation::State,
+            Class::Condition,
+            "a key changes all the time",
+            "what was found by comparing could not be stored",
+        ))
+    }
+
+    /// Stores a write with this position, its parts under `parts_of`. False where the condition does not hold.
+    async fn store(
+        &self,
+        row: &str,
+        write: &Write<'_>,
+        (sequence, parts_of): (&str, &String),
+        condition: &str,
+    ) -> Result<bool, Fault> {
         let packed = write.image.map(pack).transpose()?;
-        let mut image = HashMap::new();
-        let mut is_large = false;
-        if let Some(packed) = packed {
-            is_large = packed.len() > PART_BYTES;
-            if is_large {
+        let mut call = self
+            .client
+            .update_item()
+            .table_name(&self.name)
+            .key(KEY, text(row))
+            .condition_expression(condition)
+            .expression_attribute_names("#keys", "keys")
+            .expression_attribute_names("#sequence", "sequence")
+            .expression_attribute_values(":keys", AttributeValue::M(write.keys.clone()))
+            .expression_attribute_values(":sequence", text(sequence))
+            .expression_attribute_values(":at", number(write.at_ms))
+            .expression_attribute_values(":writes", number(write.writes));
+        if condition.contains("#item") {
+            call = call.expression_attribute_names("#item", KEY);
+        }
+        let (set, remove) = match packed {
+            None => ("", ", image, parts, partsOf"),
+            Some(packed) if packed.len() > PART_BYTES => {
                 let parts: Vec<&[u8]> = packed.chunks(PART_BYTES).collect();
                 for (place, part) in parts.iter().enumerate() {
-                    let key = part_key(&row, &digits, place);
                     self.client
                         .put_item()
                         .table_name(&self.name)
-                        .item(KEY, text(&key))
+                        .item(KEY, text(&part_key(row, parts_of, place)))
                         .item("part", AttributeValue::B(Blob::new(*part)))
                         .send()
                         .await
                         .map_err(|error| classify(Operation::State, &error))?;
                 }
-                image.insert(":image".to_owned(), number(parts.len()));
-            } else {
-                image.insert(":image".to_owned(), AttributeValue::B(Blob::new(packed)));
+                call = call
+                    .expression_attribute_values(":parts", number(parts.len()))
+                    .expression_attribute_values(":of", text(parts_of));
+                (", parts = :parts, partsOf = :of", ", image")
             }
-        }
-        let (set, remove) = match (image.is_empty(), is_large) {
-            (true, _) => ("", ", image, parts"),
-            (false, true) => (", parts = :image", ", image"),
-            (false, false) => (", image = :image", ", parts"),
+            Some(packed) => {
+                let image = AttributeValue::B(Blob::new(packed));
+                call = call.expression_attribute_values(":image", image);
+                (", image = :image", ", parts, partsOf")
+            }
         };
-        let condition = match write.sequence {
-            Some(_) => "attribute_not_exists(#item) OR #sequence < :sequence",
-            None => "attribute_not_exists(#item)",
-        };
-        let answer = self
-            .client
-            .update_item()
-            .table_name(&self.name)
-            .key(KEY, text(&row))
+        let answer = call
             .update_expression(format!(
-                "SET #keys = :keys, #sequence = :sequence, atMs = :at{set} REMOVE decided{remove} ADD writes :writes"
+                "SET #keys = :keys, #sequence = :sequence, atMs = :at{set} REMOVE decided, sentMs{remove} ADD writes :writes"
             ))
-            .condition_expression(condition)
-            .expression_attribute_names("#item", KEY)
-            .expression_attribute_names("#keys", "keys")
-            .expression_attribute_names("#sequence", "sequence")
-            .expression_attribute_values(":keys", AttributeValue::M(write.keys.clone()))
-            .expression_attribute_values(":sequence", text(&digits))
-            .expression_attribute_values(":at", number(write.at_ms))
-            .expression_attribute_values(":writes", number(write.writes));
-        let answer = image
-            .into_iter()
-            .fold(answer, |call, (name, value)| {
-                call.expression_attribute_values(name, value)
-            })
             .send()
             .await;
         match answer.map_err(|error| classify(Operation::State, &error)) {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(true),
             // A later one is there, or this one.
-            Err(fault) if fault.class == Class::Condition => Ok(()),
+            Err(fault) if fault.class == Class::Condition => Ok(false),
             Err(fault) => Err(fault),
         }
     }
@@ -341,7 +395,8 @@ impl Store {
             }
             (None, Some(parts)) => {
                 let parts: usize = parts.parse().unwrap_or(usize::MAX);
-                Some(self.parts(row, &sequence, parts).await?)
+                let parts_of = words("partsOf").unwrap_or(&sequence);
+                Some(self.parts(row, parts_of, parts).await?)
             }
             (None, None) => None,
         };
@@ -354,14 +409,15 @@ impl Store {
             decided: words("decided").and_then(|text| Decided::parse(text)),
             sent_ms: figure("sentMs").and_then(|ms| ms.parse().ok()),
             parts: figure("parts").and_then(|n| n.parse().ok()).unwrap_or(0),
+            parts_of: words("partsOf").unwrap_or(&sequence).clone(),
             sequence,
         })
     }
 
-    async fn parts(&self, row: &str, sequence: &str, parts: usize) -> Result<Vec<u8>, Fault> {
+    async fn parts(&self, row: &str, parts_of: &str, parts: usize) -> Result<Vec<u8>, Fault> {
         let mut packed = Vec::new();
         for place in 0..parts.min(PARTS_MAX) {
-            let part = self.item(&part_key(row, sequence, place)).await?;
+            let part = self.item(&part_key(row, parts_of, place)).await?;
             let part = part.and_then(|item| item.get("part")?.as_b().ok().cloned());
             let part = part.ok_or_else(|| unreadable("a part of its image is gone"))?;
             packed.extend_from_slice(part.as_ref());
@@ -442,7 +498,7 @@ impl Store {
             self.client
                 .delete_item()
                 .table_name(&self.name)
-                .key(KEY, text(&part_key(&one.row, &one.sequence, place)))
+                .key(KEY, text(&part_key(&one.row, &one.parts_of, place)))
                 .send()
                 .await
                 .map_err(|error| classify(Operation::State, &error))?;
@@ -556,9 +612,9 @@ fn ledger(epoch: u64, table: &str) -> String {
     format!("ledger#{epoch}#{table}#")
 }
 
-fn part_key(row: &str, sequence: &str, place: usize) -> String {
+fn part_key(row: &str, parts_of: &str, place: usize) -> String {
     let row = row.replacen("stranded#", "part#", 1);
-    format!("{row}#{sequence}#{place}")
+    format!("{row}#{parts_of}#{place}")
 }
 
 fn pack(image: &Item) -> Result<Vec<u8>, Fault> {

@@ -81,6 +81,9 @@ pub struct TrackRow {
     /// The quarantine has ended, and what is written later than this is not taken in any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closes: Option<i64>,
+    /// In which epoch that was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed_in: Option<u64>,
     /// Who reads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_owner: Option<String>,
@@ -110,6 +113,7 @@ impl TrackRow {
             pages: 0,
             keys: 0,
             closes: None,
+            closed_in: None,
             lease_owner: None,
             lease_counter: 0,
             until: 0,

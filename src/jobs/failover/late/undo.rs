@@ -11,7 +11,7 @@ use crate::dynamo::read::batch_get;
 use crate::dynamo::transmit::{Bound, within};
 use crate::dynamo::value::Item;
 use crate::error::{Class, Fault, Operation, Policy};
-use crate::jobs::exact::{Written, unsayable, write};
+use crate::jobs::exact::{Written, put_back, unsayable, write};
 use crate::lease::term::Term;
 
 /// How often it is tried while its failure may pass by itself.
@@ -125,10 +125,7 @@ async fn send(
         Some(Ok(Written::AsSeen)) => Ok(()),
         // Somebody added an attribute in that moment: the item is theirs, and is put back.
         Some(Ok(Written::Over(theirs))) => {
-            let place = (region, table, keys);
-            write(place, right.0.as_ref(), Some(&theirs))
-                .await
-                .map(|_| ())
+            put_back((region, table, keys), right.0.as_ref(), theirs).await
         }
         Some(Err(fault)) => Err(fault),
         None => Err(Fault::own(
