@@ -53,9 +53,9 @@ use crate::lease::term::Term;
 use crate::repair::{KeepExpired, Repaired, Repairer, Unfinished};
 use crate::run::start::Feed;
 
-/// How long one batch of letters may take before it is hidden anew.
 /// How far the clocks of two commands may be apart, in milliseconds.
 const CLOCKS_MS: i64 = 2_000;
+/// How long one batch of letters may take before it is hidden anew.
 const WORK: Duration = Duration::from_secs(60);
 /// Between the last write for a letter and its showing again, beyond a late effect.
 const MARGIN: Duration = Duration::from_secs(5);
