@@ -302,6 +302,7 @@ async fn died(
 /// What the stream had forgotten is found by comparing both tables, and the plan says so; items that time to live
 /// deleted are not stranded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "most of a minute: the long lane has it"]
 async fn what_the_stream_had_forgotten_is_found_by_comparing_both_tables() {
     let (mut group, worker, standby) = group(4, 6).await;
     let ttl = aws_sdk_dynamodb::types::TimeToLiveSpecification::builder();
@@ -362,6 +363,7 @@ async fn what_the_stream_had_forgotten_is_found_by_comparing_both_tables() {
 /// The new active region is lost in the middle of the way home: the old one takes over with what it holds, and what
 /// the other one wrote is stranded there. Nothing of which nobody can say is applied by itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "most of a minute: the long lane has it"]
 async fn a_second_outage_in_the_middle_of_the_way_home_loses_nothing() {
     let (mut group, worker, standby) = group(5, 5).await;
     worker.kill();

@@ -3,8 +3,8 @@
 //! the first comes back, and is brought home while the command and the workers are killed. Then each key's last write
 //! of each side has to be in the tables, in the report, or in the store.
 //!
-//! One seed by default, three with `FARSHORE_LONG=1`; `FARSHORE_TORTURE_SEEDS=N` runs N, `FARSHORE_TEST_SEED=S` that
-//! one. Every seventh one trims the stream of the region that comes home.
+//! Three seeds, with `--ignored`; `FARSHORE_TORTURE_SEEDS=N` runs N, `FARSHORE_TEST_SEED=S` that one. Every seventh one
+//! trims the stream of the region that comes home.
 
 mod common;
 mod failover_support;
@@ -49,11 +49,9 @@ fn seeds() -> Vec<u64> {
     if let Some(seed) = number("FARSHORE_TEST_SEED") {
         return vec![seed];
     }
-    let count = number("FARSHORE_TORTURE_SEEDS").unwrap_or_else(|| common::long(3, 1));
+    let count = number("FARSHORE_TORTURE_SEEDS").unwrap_or(3);
     let mut seeds: Vec<u64> = (1..=count).collect();
-    if common::long(1, 0) == 1 {
-        seeds.extend(ONCE_FAILED.iter().filter(|seed| **seed > count));
-    }
+    seeds.extend(ONCE_FAILED.iter().filter(|seed| **seed > count));
     seeds
 }
 
@@ -346,9 +344,9 @@ async fn torture(seed: u64) -> Story {
     let failover: Vec<String> = ["failover", "--to", LABELS[B], "--apply"]
         .map(str::to_owned)
         .into();
-    for _ in 0..4 {
-        let kill = random
-            .random_bool(0.3)
+    for attempt in 0.. {
+        // Nobody writes in the other region before the fence is complete.
+        let kill = (attempt < 3 && random.random_bool(0.3))
             .then(|| Duration::from_millis(random.random_range(50..1_500)));
         let (code, said) = typed(&config, &failover, None, kill, || {}).await;
         if code.is_some() {
@@ -570,6 +568,7 @@ async fn unaccounted(
 }
 
 #[test]
+#[ignore = "a minute for each seed: the long lane has it"]
 fn each_last_write_of_each_side_is_in_the_tables_in_the_report_or_in_the_store() {
     let mut failed = Vec::new();
     for seed in seeds() {

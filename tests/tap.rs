@@ -381,7 +381,7 @@ async fn status_shows_pauses_doubts_and_workers() {
         assert!(text.contains(part), "{part} is missing:\n{text}");
     }
     let answer = json(&run(&["status", "--json", "--config", path]));
-    let expected = "active at clock clockErrorSeconds deadLetters doubts epoch events flow gaps group headline headroomSeconds here history jobs outages pauses reasons recoveryPoint regions shards tables version worker workers";
+    let expected = "active at clock clockErrorSeconds deadLetters doubts epoch events flow gaps group headline headroomSeconds here history home jobs outages pauses reasons recoveryPoint regions shards tables version worker workers";
     assert_eq!(fields(&answer).join(" "), expected);
     assert_eq!(answer["version"], 1);
     assert_eq!(fields(&answer["pauses"][0]).join(" "), "at by reason table");
