@@ -436,3 +436,44 @@ async fn a_second_outage_in_the_middle_of_the_way_home_loses_nothing() {
     assert!(standby.stop().await.success());
     assert!(second.stop().await.success());
 }
+
+/// A comparison that finds something newer under a key makes what was decided about the older one void, and whoever
+/// looked before decides nothing any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_comparison_has_changed_is_decided_by_nobody_who_looked_before() {
+    use farshore::jobs::failback::store::{Decided, Store, Write};
+    use farshore::stream::sequence::SequenceNumber;
+    let group = Group::new(6, 2).await;
+    group.provision(&[B, A]);
+    let store = Store::new(group.clients[A].clone(), "farshore-g-failback".to_owned());
+    let keys: failover_support::Row = [("id".to_owned(), s("k"))].into();
+    let item = |v: u32| {
+        let mut item = keys.clone();
+        item.insert("v".to_owned(), common::stand::n(v));
+        item
+    };
+    let (one, two) = (item(1), item(2));
+    let write = |image| Write {
+        keys: &keys,
+        image: Some(image),
+        at_ms: 1,
+        writes: 1,
+    };
+    let place = (1, TABLE);
+    let told = SequenceNumber::parse("7").unwrap();
+    store.put(place, &write(&one), &told).await.unwrap();
+    let seen = store.page(place, None).await.unwrap().rows.remove(0);
+    store.put_found(place, &write(&two)).await.unwrap();
+    assert!(!store.decide(&seen, Decided::Equal).await.unwrap());
+    assert!(!store.note_sent(&seen, 5).await.unwrap());
+    // What the stream tells again changes nothing, what it tells next does.
+    store.put(place, &write(&one), &told).await.unwrap();
+    let now = store.get(&seen.row).await.unwrap().unwrap();
+    assert_eq!((now.image.as_ref(), now.decided), (Some(&two), None));
+    assert!(store.decide(&now, Decided::Reported).await.unwrap());
+    let next = SequenceNumber::parse("8").unwrap();
+    store.put(place, &write(&one), &next).await.unwrap();
+    store.remove(&now).await.unwrap();
+    let now = store.get(&seen.row).await.unwrap().unwrap();
+    assert_eq!((now.image.as_ref(), now.decided), (Some(&one), None));
+}

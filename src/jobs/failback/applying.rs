@@ -170,7 +170,12 @@ impl Home<'_> {
                     Fate::Report => to_report.push(one),
                     Fate::Keep => kept.push((one, None)),
                     Fate::Apply if is_last => {
-                        kept.push((one, Some("the key changed all the time".to_owned())));
+                        kept.push((
+                            one,
+                            Some(
+                                "the key changed, or the region throttled, all the time".to_owned(),
+                            ),
+                        ));
                     }
                     Fate::Apply
                         if one.class == Class::Free
@@ -214,7 +219,8 @@ impl Home<'_> {
             row: row.row.clone(),
             keys: row.keys.clone(),
             image: None,
-            sequence: row.sequence.clone(),
+            sequence: String::new(),
+            version: row.version.clone(),
             at_ms: 0,
             writes: 0,
             decided: None,
@@ -314,7 +320,7 @@ impl Home<'_> {
         let Some(stranded) = self.row(one).await? else {
             return Ok(Done::Anew);
         };
-        if stranded.sequence != one.known.sequence || stranded.decided.is_some() {
+        if stranded.version != one.known.version || stranded.decided.is_some() {
             return Ok(Done::Anew);
         }
         // One that got no answer, or was sent by a command that died, may take effect for so long. Sent once more before

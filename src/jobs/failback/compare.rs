@@ -64,7 +64,7 @@ pub(super) async fn compare(stranding: &mut Stranding<'_>) -> Result<(), Fault> 
     while let Some(pairs) = walk.next(&mut pace).await? {
         for (keys, own, other) in pairs {
             if !same_item(&own, &other.unwrap_or_default()) {
-                put(stranding, &keys, Some(&own)).await?;
+                put(stranding, (here, &ours), keys, &mut pace).await?;
             }
         }
     }
@@ -75,17 +75,25 @@ pub(super) async fn compare(stranding: &mut Stranding<'_>) -> Result<(), Fault> 
     while let Some(pairs) = walk.next(&mut pace).await? {
         for (keys, other, own) in pairs {
             if own.is_none() && !has_expired(&other, ttl.as_deref(), now_s) {
-                put(stranding, &keys, None).await?;
+                put(stranding, (here, &ours), keys, &mut pace).await?;
             }
         }
     }
     Ok(())
 }
 
-async fn put(stranding: &Stranding<'_>, keys: &Item, image: Option<&Item>) -> Result<(), Fault> {
+/// Takes in what `here` holds under `keys`, read once more and consistently: a scan may show what was there a moment
+/// before the stream told of the next write, and must not replace that.
+async fn put(
+    stranding: &Stranding<'_>,
+    here: (&RegionClients, &str),
+    keys: Item,
+    pace: &mut Pace,
+) -> Result<(), Fault> {
+    let held = read_all(here, vec![keys.clone()], pace).await?;
     let write = Write {
-        keys,
-        image,
+        keys: &keys,
+        image: held.first(),
         at_ms: stranding.here.clock.now_ms(),
         writes: 1,
     };

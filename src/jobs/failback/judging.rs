@@ -38,8 +38,8 @@ pub struct Known {
     pub row: String,
     /// The key attributes.
     pub keys: Item,
-    /// Its position.
-    pub sequence: String,
+    /// The version of its row.
+    pub version: String,
     /// Stands for what the active region held.
     pub held: String,
     /// Whether that is the same.
@@ -363,7 +363,7 @@ impl Known {
         Self {
             row: one.row.clone(),
             keys: one.keys.clone(),
-            sequence: one.sequence.clone(),
+            version: one.version.clone(),
             held: print_of(held),
             same,
             ages,

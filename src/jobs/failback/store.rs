@@ -79,6 +79,8 @@ pub struct Stranded {
     pub image: Option<Item>,
     /// Its position, in full length. Empty where it was found by comparing.
     pub sequence: String,
+    /// Another one whenever the row says something else: a comparison changes what it holds, and not its position.
+    pub version: String,
     /// When it was made, by the region's clock, in milliseconds.
     pub at_ms: i64,
     /// How many writes of the key are stranded, about.
@@ -194,7 +196,7 @@ impl Store {
         let digits = format!("{:0>SEQUENCE_DIGITS$}", sequence.as_str());
         let condition = "attribute_not_exists(#item) OR #sequence < :sequence";
         let sequence = (digits.as_str(), &digits);
-        self.store(&row, write, sequence, condition)
+        self.store(&row, write, sequence, (condition, None))
             .await
             .map(|_| ())
     }
@@ -218,7 +220,8 @@ impl Store {
             let Some(known) = known else {
                 let parts_of = format!("found-{nonce:016x}");
                 let condition = "attribute_not_exists(#item)";
-                if self.store(&row, write, ("", &parts_of), condition).await? {
+                let stored = self.store(&row, write, ("", &parts_of), (condition, None));
+                if stored.await? {
                     return Ok(());
                 }
                 continue;
@@ -227,7 +230,7 @@ impl Store {
                 return Ok(());
             }
             let parts_of = format!("{}-found-{nonce:016x}", known.sequence);
-            let condition = "#sequence = :sequence";
+            let condition = ("#version = :known", Some(known.version.as_str()));
             let sequence = (known.sequence.as_str(), &parts_of);
             if self.store(&row, write, sequence, condition).await? {
                 return Ok(());
@@ -247,7 +250,7 @@ impl Store {
         row: &str,
         write: &Write<'_>,
         (sequence, parts_of): (&str, &String),
-        condition: &str,
+        (condition, known): (&str, Option<&str>),
     ) -> Result<bool, Fault> {
         let packed = write.image.map(pack).transpose()?;
         let mut call = self
@@ -258,10 +261,18 @@ impl Store {
             .condition_expression(condition)
             .expression_attribute_names("#keys", "keys")
             .expression_attribute_names("#sequence", "sequence")
+            .expression_attribute_names("#version", "version")
+            .expression_attribute_values(
+                ":version",
+                text(&format!("{:016x}", rand::random::<u64>())),
+            )
             .expression_attribute_values(":keys", AttributeValue::M(write.keys.clone()))
             .expression_attribute_values(":sequence", text(sequence))
             .expression_attribute_values(":at", number(write.at_ms))
             .expression_attribute_values(":writes", number(write.writes));
+        if let Some(known) = known {
+            call = call.expression_attribute_values(":known", text(known));
+        }
         if condition.contains("#item") {
             call = call.expression_attribute_names("#item", KEY);
         }
@@ -292,7 +303,7 @@ impl Store {
         };
         let answer = call
             .update_expression(format!(
-                "SET #keys = :keys, #sequence = :sequence, atMs = :at{set} REMOVE decided, sentMs{remove} ADD writes :writes"
+                "SET #keys = :keys, #sequence = :sequence, #version = :version, atMs = :at{set} REMOVE decided, sentMs{remove} ADD writes :writes"
             ))
             .send()
             .await;
@@ -406,6 +417,7 @@ impl Store {
             image: packed.map(|packed| unpack(&packed)).transpose()?,
             at_ms: figure("atMs").and_then(|ms| ms.parse().ok()).unwrap_or(0),
             writes: figure("writes").and_then(|n| n.parse().ok()).unwrap_or(1),
+            version: words("version").cloned().unwrap_or_default(),
             decided: words("decided").and_then(|text| Decided::parse(text)),
             sent_ms: figure("sentMs").and_then(|ms| ms.parse().ok()),
             parts: figure("parts").and_then(|n| n.parse().ok()).unwrap_or(0),
@@ -437,10 +449,10 @@ impl Store {
             .table_name(&self.name)
             .key(KEY, text(&one.row))
             .update_expression("SET sentMs = :now")
-            .condition_expression("#sequence = :sequence AND attribute_not_exists(decided)")
-            .expression_attribute_names("#sequence", "sequence")
+            .condition_expression("#version = :version AND attribute_not_exists(decided)")
+            .expression_attribute_names("#version", "version")
             .expression_attribute_values(":now", number(now_ms))
-            .expression_attribute_values(":sequence", text(&one.sequence))
+            .expression_attribute_values(":version", text(&one.version))
             .send()
             .await;
         match answer.map_err(|error| classify(Operation::State, &error)) {
@@ -461,10 +473,10 @@ impl Store {
             .table_name(&self.name)
             .key(KEY, text(&one.row))
             .update_expression("SET decided = :decided")
-            .condition_expression("#sequence = :sequence")
-            .expression_attribute_names("#sequence", "sequence")
+            .condition_expression("#version = :version")
+            .expression_attribute_names("#version", "version")
             .expression_attribute_values(":decided", text(decided.label()))
-            .expression_attribute_values(":sequence", text(&one.sequence))
+            .expression_attribute_values(":version", text(&one.version))
             .send()
             .await;
         match answer.map_err(|error| classify(Operation::State, &error)) {
@@ -484,9 +496,9 @@ impl Store {
             .delete_item()
             .table_name(&self.name)
             .key(KEY, text(&one.row))
-            .condition_expression("attribute_exists(decided) AND #sequence = :sequence")
-            .expression_attribute_names("#sequence", "sequence")
-            .expression_attribute_values(":sequence", text(&one.sequence))
+            .condition_expression("attribute_exists(decided) AND #version = :version")
+            .expression_attribute_names("#version", "version")
+            .expression_attribute_values(":version", text(&one.version))
             .send()
             .await;
         match answer.map_err(|error| classify(Operation::State, &error)) {
